@@ -1,9 +1,9 @@
 """Supervised fine-tuning (SFT): from a model that continues text to one that answers.
 
-A base model has read questions followed by good answers, by bad ones and by more questions, and imitates them
-all. SFT shows it a few hundred demonstrations in a chat template and makes the demonstrator's tokens likelier. It
-is pretraining's own loss with two changes: the data, and a mask m that leaves out what the assistant did not
-write. It gives the model a voice; which of two answers is better it cannot say (reward_model.py, dpo.py can).
+A base model has read questions followed by good answers, by bad ones and by more questions, and imitates all.
+SFT shows it some hundreds of demonstrations in a chat template and makes the demonstrator's tokens likelier.
+It is pretraining's own loss with two changes: the data, and a mask m that leaves out what the assistant did
+not write. It gives the model a voice; that one answer is better than another it cannot say (dpo.py can).
 
     L(theta) = - sum_it m_it log pi_theta(y_it | y_i,<t) / sum_it m_it      rows i, positions t of a batch
 
@@ -11,16 +11,14 @@ write. It gives the model a voice; which of two answers is better it cannot say 
     python sft.py --lora 8             the same with rank-8 adapters on frozen weights -> out/lora
     python sft.py --best_of 8          rejection sampling: learn the best of 8 own answers -> out/best_of
     python sft.py --teacher out/dpo    distillation: learn another model's answers -> out/distill
-    python sft.py --pretrain           web.txt -> out/base, as data/base was made: 10 minutes
-    python sft.py --init SmolLM2-135M --data my.jsonl --lr 2e-5 --device cuda --out out/mine
+    python sft.py --pretrain           data/web.txt -> out/base: how data/base was made, 10 minutes
+    python sft.py --init SmolLM2-135M --data mine.jsonl --lr 2e-5 --device cuda --out out/mine
 
-Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155) and Llama 2 (Touvron et al. 2023, 2307.09288): one
-short run, no dropout, one round of rejection sampling.
+Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155) and Llama 2 (Touvron et al. 2023, 2307.09288):
+one short run, no dropout, one round of rejection sampling.
 Try next: train on the prompt too (a mask of ones); --steps 400, and watch the held-out loss.
 """
-import copy
-import math
-import time
+import copy, math, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (EOT, PAD, Diverged, Log, ModelConfig, Transformer, UserError, add_lora, load, load_ranks,
+from model import (EOT, PAD, Log, ModelConfig, Transformer, UserError, add_lora, load, load_ranks,
                    load_scalar, main, merge_lora, need, optimizer, pad, read_jsonl, render, sample, save,
                    schedule, special, to_messages, token_logps, write_results)
 
@@ -46,12 +44,12 @@ class Config:
     device: str = "cpu"       # cpu, cuda or mps
     cut: bool = False         # cut rows longer than the model's context (without it they are an error)
     lora: int = 0             # train adapters of this rank instead of the weights
-    best_of: int = 0          # answers to sample to each prompt, to learn the best one
+    best_of: int = 0          # sample this many answers to each prompt and learn the best one
     reward: str = ""          # folder of the reward model that picks the best (default: the world's judge)
     teacher: str = ""         # folder of the model to learn from
-    distill: str = "samples"  # what it gives: "samples", or "logits" for its whole distribution on them
+    distill: str = "samples"  # what it gives: its samples, or its logits (its whole distribution) on them
     prompts: int = 512        # prompts to sample answers to, for best_of and teacher
-    max_new: int = 96         # longest answer in tokens, for best_of and teacher
+    max_new: int = 72         # longest sampled answer in tokens
     pretrain: bool = False    # make the base model from data/web.txt
     minutes: float = 12.0     # time limit of pretraining: a slow machine skips ahead on the schedule
     save: bool = True         # write the checkpoint and the results
@@ -61,67 +59,66 @@ class Config:
 MODES = {  #    init         data                  out            steps lr    optimiser target
     "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   1e-3, "adamw", 0.65),  # gold
     "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   1e-2, "adamw", 0.62),  # gold
-    "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   5e-4, "adamw", 0.05),  # gold - control's
-    "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  1e-3, "adamw", -.05),  # gold - teacher's
-    "pretrain": ("",          "data/web.txt",       "out/base",    1800, 2e-2, "muon",  2.00),  # held-out loss
+    "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   5e-4, "adamw", 0.05),  # + control's
+    "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  1e-3, "adamw", -.05),  # + teacher's
+    "pretrain": ("",          "data/web.txt",       "out/base",    1800, 2e-2, "muon",  0.60),  # held_out
 }
 
 
-# --- Data: JSON lines -> rows of (token ids, mask of the trained ones) -> batches ------------------------------
+# ---------------------------------------------------------------- data
+# JSON lines -> conversations (lists of messages) -> rows (ids, mask of the trained ones) -> batches
 
 def conversation(row):
     """SEAM: your own format goes here. One row of JSON -> messages, the last one the assistant's."""
     if "messages" in row:
         return row["messages"]
     reply = row["completion"] if "completion" in row else row["response"]
-    if isinstance(reply, str):
-        reply = [{"role": "assistant", "content": reply}]
+    reply = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
     return to_messages(row["prompt"]) + reply
 
 
 def read_conversations(path):
-    found = []
-    for line, row in enumerate(read_jsonl(path, need=()), 1):
+    """-> {"path:line": messages}"""
+    found, rows = {}, iter(read_jsonl(path))
+    for line, text in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         try:
-            found.append(conversation(row))
-            if found[-1][-1]["role"] != "assistant" or not all(m["content"].strip() for m in found[-1]):
-                raise ValueError
+            if text.strip():
+                found[f"{path}:{line}"] = messages = conversation(next(rows))
+                if messages[-1]["role"] != "assistant" or not all(m["content"].strip() for m in messages):
+                    raise ValueError
         except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-            raise UserError(f'{path}:{line}: want "messages", or "prompt" and "completion" (or "response"): no '
-                            "text empty, and the last message the assistant's") from None
+            raise UserError(f'{path}:{line}: want "messages", or "prompt" with "completion" or "response"; '
+                            "no text may be empty, and the assistant comes last") from None
     return found
 
 
-def examples(conversations, tokenizer, context, source, cut=False):
-    """Messages -> rows. The mask is 1 on what the assistant wrote, its end token included: a model that is never
-    taught <|im_end|> never stops."""
-    rows = [render(tokenizer, messages) for messages in conversations]
-    long = [i for i, (ids, _) in enumerate(rows) if len(ids) > context]
-    if long and not cut:
-        raise UserError(f"{source}: {len(long)} of {len(rows)} rows are longer than the model's {context} tokens "
-                        f"(the first is number {long[0] + 1}, {len(rows[long[0]][0])}): shorten them, or --cut")
-    rows = [(ids[:context], mask[:context]) for ids, mask in rows]
-    empty = [i for i, (_, mask) in enumerate(rows) if not any(mask)]
-    if empty:
-        raise UserError(f"{source}: in {len(empty)} of {len(rows)} rows (the first is number {empty[0] + 1}) the "
-                        f"prompt alone fills the model's {context} tokens: shorten or remove them")
+def examples(conversations, tokenizer, context, cut=False):
+    """{where: messages} -> rows. The mask is 1 on what the assistant wrote and on its end token: a model that
+    is never taught <|im_end|> never stops."""
+    rows = {where: render(tokenizer, messages) for where, messages in conversations.items()}
+    long = [where for where, (ids, _) in rows.items() if len(ids) > context]
+    mute = [where for where, (_, mask) in rows.items() if not any(mask[:context])]
+    if mute or long and not cut:
+        raise UserError(f"{(mute or long)[0]}: the {'prompt' if mute else 'row'} is longer than the model's "
+                        f"{context} tokens, like {len(mute or long) - 1} others of {len(rows)}: shorten them"
+                        + ", or use --cut" * (not mute))
     if long:
-        print(f"{len(long)} of {len(rows)} rows cut to {context} tokens")
-    return rows
+        print(f"{len(long)} of {len(rows)} rows are cut to the model's {context} tokens")
+    return [(ids[:context], mask[:context]) for ids, mask in rows.values()]
 
 
 def documents(texts, tokenizer, context):
     """Pretraining text -> rows: every token is trained on, and each document ends with <|endoftext|>."""
     rows = []
-    for text in texts:  # special tokens are parsed here only: this file is ours, and the chats in it are chats
+    for text in texts:  # special tokens are parsed here only: the file is ours, the chats in it are chats
         ids = tokenizer.encode(text, allowed_special="all") + [special(tokenizer, EOT)]
         rows += [ids[i:i + context] for i in range(0, len(ids), context)]
-    return [(ids, [0] + [1] * (len(ids) - 1)) for ids in rows if len(ids) > 1]    # the first has no context
+    return [(ids, [0] + [1] * (len(ids) - 1)) for ids in rows if len(ids) > 1]    # nothing predicts the first
 
 
 def batches(rows, tokens, generator):
-    """Endless batches of at most `tokens` tokens, padding included. Rows of similar length go together, so that
-    little is padding; noise in the sort key keeps a batch from being all of one kind."""
+    """Endless batches of at most `tokens` tokens, padding included. Rows of similar length go together, so
+    that little is padding; noise in the sort key keeps a batch from being all of one kind."""
     while True:
         noise = 1 + 0.2 * torch.rand(len(rows), generator=generator)
         groups, widest = [[]], 0
@@ -130,149 +127,162 @@ def batches(rows, tokens, generator):
             if groups[-1] and widest * (len(groups[-1]) + 1) > tokens:
                 groups.append([])
                 widest = len(rows[i][0])
-            groups[-1].append(i)
+            groups[-1].append(rows[i])
         for g in torch.randperm(len(groups), generator=generator).tolist():
-            yield [rows[i] for i in groups[g]]
+            yield groups[g]
 
 
 def collate(rows, tokenizer, device):
     """Rows -> ids, real, trained, each (B, T), padded on the right."""
     ids = pad([ids for ids, _ in rows], special(tokenizer, PAD))
-    real = pad([[1] * len(ids) for ids, _ in rows], 0).bool()          # False at padding
-    trained = pad([mask for _, mask in rows], 0).bool()                # m: True at the tokens the loss looks at
+    real = pad([[1] * len(ids) for ids, _ in rows], 0).bool()        # False at padding
+    trained = pad([mask for _, mask in rows], 0).bool()              # m: True at the tokens the loss looks at
     return ids.to(device), real.to(device), trained.to(device)
 
 
-# --- The maths --------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- the maths
 
 # L = - sum_it m_it log pi(y_it | y_i,<t) / sum_it m_it
 def sft_loss(logps, mask, count=None):
-    """logps, mask (B, T) -> scalar. The mean is over tokens, not over each row and then over rows: so the pull of a
-    token does not depend on the length of the answer it stands in, nor on the rows it shares a batch with. `count`
-    is the denominator of a step of several batches: if each had its own, row lengths would come back in."""
+    """logps, mask (B, T) -> scalar. The mean is over tokens, not over rows of means: so the pull of a token
+    does not depend on the length of the answer it stands in, nor on the rows it shares a batch with. `count`:
+    the denominator of a step of several batches; were each divided by its own, lengths would come back in."""
     return -logps.masked_fill(~mask, 0.0).sum() / (mask.sum() if count is None else count)
 
 
 # L = 1/N sum_n KL(p_T || p_S) = 1/N sum_n sum_v p_T(v) [log p_T(v) - log p_S(v)]
 def distill_loss(student, teacher, count=None):
-    """Logits (N, V), one row for each trained token -> scalar. Hinton et al. 2015 (1503.02531), temperature 1, on the
-    teacher's own answers. sft_loss on those answers is the same in expectation, but for the teacher's entropy (a
-    constant): there one draw from p_T stands for the sum over v."""
-    log_t, log_s = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)                # (N, V)
+    """Logits (N, V), one row a trained token -> scalar. Hinton et al. 2015 (1503.02531), temperature 1,
+    on answers of the teacher. There sft_loss has the same gradient in expectation but more noise, as one draw
+    from p_T stands for the sum over v."""
+    log_t, log_s = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)     # (N, V)
     return (log_t.exp() * (log_t - log_s)).sum() / (len(student) if count is None else count)
 
 
-# k* = argmax_k r(x, y_k)          Llama 2, section 3.2.3
-def pick_best(scores, generator):
-    """scores (B, K) -> (B,)"""
+# k* = argmax_k r(x, y_k)          (B, K) -> (B,)          Llama 2, section 3.2.3
+def pick_best(scores, generator=None):
     return scores.argmax(1)
 
 
-# k* ~ uniform{1..K}: what this control gains is more training; what pick_best gains beyond it is selection
-def pick_random(scores, generator):
-    """scores (B, K) -> (B,)"""
+# k* ~ uniform{1..K}               (B, K) -> (B,)          the control: more training, but no selection
+def pick_random(scores, generator=None):
     return torch.randint(scores.shape[1], (len(scores),), generator=generator)
 
 
-# --- Answers of a model as data ---------------------------------------------------------------------------------
+# ---------------------------------------------------------------- answers of a model as data
 
 def reward(row, response):
-    """SEAM: your own reward for a response to row["prompt"]. The default is the world's judge: the truth itself."""
+    """SEAM of rejection sampling: your own reward goes here. The default is the world's judge, the truth."""
     if "kind" not in row:
-        raise UserError("the judge knows only StudyBuddy's prompts: name a reward model's folder with --reward")
+        raise UserError("the judge knows only StudyBuddy's prompts: use --reward with a folder")
     return studybuddy.judge(row, response)["gold"]
 
 
-def chats(rows, texts):
-    return [to_messages(row["prompt"]) + [{"role": "assistant", "content": text}] for row, text in zip(rows, texts)]
-
-
 @torch.no_grad()
-def rewards(rows, texts, config):
-    """One reward for each of texts, which answer rows: by reward(), or by the reward model in config.reward."""
+def rewards(rows, chats, config):
+    """The rewards of chats that answer rows: by reward(), or by the model in config.reward. -> (N,)"""
     if not config.reward:
-        return torch.tensor([reward(row, text) for row, text in zip(rows, texts)])
+        return torch.tensor([float(reward(row, chat[-1]["content"])) for row, chat in zip(rows, chats)])
     judge, tokenizer = load_scalar(config.reward, config.device)
-    judged = examples(chats(rows, texts), tokenizer, judge.config.max_len, config.data)
-    scores = []
-    for start in range(0, len(judged), 256):
-        ids, real, trained = collate(judged[start:start + 256], tokenizer, config.device)
-        end = trained.int().cumsum(1).argmax(1)                        # (B,): the last answer token, <|im_end|>
-        scores.append(judge(ids, real).gather(1, end[:, None])[:, 0])                          # (B, T) -> (B,)
-    return torch.cat(scores).cpu()
+    scores, judged = [], examples(dict(enumerate(chats)), tokenizer, judge.config.max_len)
+    for first in range(0, len(judged), 256):
+        ids, real, trained = collate(judged[first:first + 256], tokenizer, config.device)
+        end = trained.int().cumsum(1).argmax(1)                      # (B,) the last answer token, <|im_end|>
+        scores.append(judge(ids, real).gather(1, end[:, None])[:, 0].cpu())              # (B, T) -> (B,)
+    return torch.cat(scores)
 
 
-def ask(model, tokenizer, rows, n, config, generator):
-    """n answers to each prompt -> texts (B * n), ended (B * n)."""
+def answers_of(author, tokenizer, picks, config, generator, say):
+    """The author answers each prompt K times; each of `picks` chooses one. -> {name: conversations}"""
+    K, rows = max(config.best_of, 1), read_jsonl(config.data, need=("prompt",))
+    rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:config.prompts].tolist()]
     prompts = [render(tokenizer, to_messages(row["prompt"]), reply=True)[0] for row in rows]
-    drawn = sample(model, tokenizer, prompts, n=n, max_new=config.max_new, generator=generator)
-    return drawn.texts, drawn.ended.cpu()
-
-
-def rejection_sample(model, tokenizer, config, generator, say):
-    """The model's own answers -> two runs: the best of each K, and a random one of each K."""
-    prompts, K = some_prompts(config, generator), config.best_of
-    texts, ended = ask(model, tokenizer, prompts, K, config, generator)
-    scores = rewards([row for row in prompts for _ in range(K)], texts, config)
-    scores = scores.masked_fill(~ended, -torch.inf).view(-1, K)        # (B, K); an endless answer is never the best
+    texts, ended = sample(author, tokenizer, prompts, K, config.max_new, generator=generator)[-1:-3:-1]
+    rows, ended = [row for row in rows for _ in range(K)], ended.cpu()         # now one an answer: B * K
+    chats = [to_messages(row["prompt"]) + [{"role": "assistant", "content": text or "."}]
+             for row, text in zip(rows, texts)]
+    scores = rewards(rows, chats, config) if K > 1 else torch.zeros(len(chats))
+    scores = scores.masked_fill(~ended, -torch.inf).view(-1, K)   # (B, K) an endless answer is never the best
     runs = {}
-    for name, pick in (("best", pick_best), ("random", pick_random)):
-        k = pick(scores, generator)                                    # (B,)
-        kept = [(b, int(k[b])) for b in range(len(prompts)) if scores[b, k[b]] > -torch.inf]
-        say(f"{name:>6} of {K}: mean reward {sum(scores[b, j] for b, j in kept) / len(kept):.3f}, {len(kept)} answers "
-            f"({len(prompts) - len(kept)} never ended and are left out)")
-        own = chats([prompts[b] for b, _ in kept], [texts[b * K + j] for b, j in kept])
-        runs[name] = examples(own, tokenizer, model.config.max_len, config.data)
+    for name, pick in picks.items():
+        chosen = (torch.arange(len(scores)) * K + pick(scores, generator)).tolist()    # (B,) places in B * K
+        runs[name] = {f"answer {i}": chats[i] for i in chosen if ended[i]}
+        mean, lost = scores.flatten()[[i for i in chosen if ended[i]]].mean(), len(chosen) - len(runs[name])
+        say(f"{name}: 1 of {K} answers to each of {len(scores)} prompts; {lost} left out, as they never ended"
+            + f"; mean reward {mean:.3f}" * (K > 1))
     return runs
 
 
-def teacher_answers(teacher, teachers_tokenizer, tokenizer, context, config, generator, say):
-    """The teacher's answers -> one run. They pass as text, so the two may have different tokenizers."""
-    prompts = some_prompts(config, generator)
-    texts, ended = ask(teacher, teachers_tokenizer, prompts, 1, config, generator)
-    kept = [b for b in range(len(prompts)) if ended[b]]
-    say(f"{len(kept)} answers of the teacher ({len(prompts) - len(kept)} never ended and are left out)")
-    own = chats([prompts[b] for b in kept], [texts[b] for b in kept])
-    return {"student": examples(own, tokenizer, context, config.data)}
+# ---------------------------------------------------------------- before and after
+
+def show_example(rows, tokenizer, say):
+    ids, mask = rows[0]
+    marks = ["«" if b > a else "»" if b < a else "" for a, b in zip([0] + mask, mask + [0])]
+    text = "".join(m + tokenizer.decode([i]) for m, i in zip(marks, ids)) + marks[-1]
+    say("one row; the loss looks at what stands between « and »")
+    say("    " + text.rstrip("\n").replace("\n", "\n    "))
 
 
-def some_prompts(config, generator):
-    rows = read_jsonl(config.data, need=("prompt",))
-    return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:config.prompts].tolist()]
+@torch.no_grad()
+def held_out_loss(model, tokenizer, rows, config):
+    total, count = 0.0, 0
+    for first in range(0, len(rows), 32):
+        ids, real, trained = collate(rows[first:first + 32], tokenizer, config.device)
+        total -= token_logps(model, ids, real, trained).sum().item()
+        count += trained[:, 1:].sum().item()
+    return total / count
 
 
-# --- Training ---------------------------------------------------------------------------------------------------
+def evaluate(model, tokenizer, held, world, config, reference=None):
+    """-> report card, [(row, answer)]. The world's exam knows what is right; your data has a loss."""
+    card = {"held_out": held_out_loss(model, tokenizer, held, config)}
+    if world:
+        exam, answers = studybuddy.exam(model, tokenizer, reference=reference, seed=config.seed)
+        return exam | card, answers
+    prompts = [ids[:mask.index(1)] for ids, mask in held[:4]]
+    texts = sample(model, tokenizer, prompts, max_new=config.max_new, temperature=0.0).texts
+    rows = [{"prompt": tokenizer.decode(ids), "kind": i} for i, ids in enumerate(prompts)]
+    return card, list(zip(rows, texts))
 
-def fit(model, tokenizer, rows, config, kind, teacher=None, quiet=False):
-    """The loop of every mode, on rows of (ids, mask); with a teacher, towards its distribution."""
+
+def show_answers(before, after, say):
+    """Both answers to the first prompt of each of four kinds."""
+    firsts = {}
+    for (row, old), (_, new) in zip(before, after):
+        firsts.setdefault(row["kind"], (to_messages(row["prompt"])[-1]["content"], old, new))
+    for three in list(firsts.values())[:4]:
+        for name, text in zip(("prompt", "before", "after"), three):
+            text = " ".join(text.split())
+            say(f"{name:>8}  {text if len(text) <= 70 else text[:67] + '...'}")
+
+
+# ---------------------------------------------------------------- training
+
+def fit(model, tokenizer, rows, config, kind, log, teacher=None):
+    """The loop of every mode, on rows of (ids, mask). With a teacher: towards its distribution on them."""
     optim = optimizer(model, config.lr, kind)
-    peaks = [group["lr"] for group in optim.param_groups]
     stream = batches(rows, config.batch, torch.Generator().manual_seed(config.seed))
-    log, start, step, tokens = Log(config.steps, quiet), time.time(), 0, 0
+    start, step, tokens = time.time(), 0, 0
     try:
         while step < config.steps:
-            for group, peak in zip(optim.param_groups, peaks):
-                group["lr"] = peak * schedule(step, config.steps)
+            for group in optim.param_groups:
+                group["lr"] = config.lr * schedule(step, config.steps)
 
-            # 1 batch: all the rows of this step, and how many of their tokens are trained on
+            # 1 batch: all rows of the step, and how many of their tokens are trained on
             micro = [collate(next(stream), tokenizer, config.device) for _ in range(config.accumulate)]
-            count = sum(trained[:, 1:].sum() for _, _, trained in micro)
-
-            total = 0.0
-            for ids, real, trained in micro:                           # (B, T)
+            count, total = sum(trained[:, 1:].sum() for _, _, trained in micro), 0.0
+            for ids, real, trained in micro:                         # (B, T)
                 with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-                    # 2 score: log pi(y_t | y_<t) of the trained tokens; 3 loss
+                    # 2 score: log pi(y_t | y_<t) at the trained tokens, 3 loss
                     if teacher is None:
                         loss = sft_loss(token_logps(model, ids, real, trained), trained, count)
                     else:
-                        at = trained[:, 1:]                            # (B, T-1): position t predicts token t+1
+                        at = trained[:, 1:]                          # (B, T-1) position t predicts token t+1
                         with torch.no_grad():
-                            target = teacher.head(teacher.hidden(ids, real)[:, :-1][at])                 # (N, V)
+                            target = teacher.head(teacher.hidden(ids, real)[:, :-1][at])      # (N, V)
                         loss = distill_loss(model.head(model.hidden(ids, real)[:, :-1][at]), target, count)
                 loss.backward()
                 total, tokens = total + loss.item(), tokens + int(real.sum())
-            if not math.isfinite(total):
-                raise Diverged(f"step {step + 1}: the loss is {total}. Nothing was written; try a smaller --lr")
 
             # 4 step
             torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
@@ -280,69 +290,26 @@ def fit(model, tokenizer, rows, config, kind, teacher=None, quiet=False):
             optim.zero_grad()
 
             # 5 log
-            step, seconds = step + 1, time.time() - start
+            seconds = time.time() - start
+            log(step, loss=total, trained=int(count), tok_s=round(tokens / seconds))
+            step += 1
             if config.pretrain:  # behind the clock: skip ahead, so that the learning rate still ends at 0
                 step = max(step, int(config.steps * seconds / (60 * config.minutes)))
-            log(step, loss=total, trained=int(count), tok_s=round(tokens / seconds))
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
-    return log
-
-
-def show_example(rows, tokenizer, say):
-    ids, mask = rows[0]
-    text = ""
-    for i, before, now in zip(ids, [0] + mask, mask):
-        text += ("«" if now > before else "»" if now < before else "") + tokenizer.decode([i])
-    say("one row; the loss looks at what stands between « and »")
-    say("    " + (text + "»" * mask[-1]).rstrip("\n").replace("\n", "\n    "))
-
-
-@torch.no_grad()
-def held_out_loss(model, tokenizer, rows, config):
-    total, count = 0.0, 0
-    for start in range(0, len(rows), 32):
-        ids, real, trained = collate(rows[start:start + 32], tokenizer, config.device)
-        total -= token_logps(model, ids, real, trained).sum().item()
-        count += trained[:, 1:].sum().item()
-    return total / count
-
-
-def evaluate(model, tokenizer, held, world, config, reference=None):
-    """-> report card, [(row, answer)]. The world's exam knows what is right; for your data there is held-out loss."""
-    card = {"held_out": held_out_loss(model, tokenizer, held, config)}
-    if world:
-        exam, answers = studybuddy.exam(model, tokenizer, reference=reference, seed=config.seed)
-        return {**exam, **card}, answers
-    prompts = [ids[:mask.index(1)] for ids, mask in held[:4]]
-    drawn = sample(model, tokenizer, prompts, max_new=config.max_new, temperature=0.0)
-    return card, [({"prompt": tokenizer.decode(p), "kind": i}, t) for i, (p, t) in enumerate(zip(prompts, drawn.texts))]
-
-
-def show_answers(before, after, say):
-    """Both answers to the first prompt of each of four kinds."""
-    first = {}
-    for (row, old), (_, new) in zip(before, after):
-        first.setdefault(row["kind"], (to_messages(row["prompt"])[-1]["content"], old, new))
-    for three in list(first.values())[:4]:
-        for name, text in zip(("prompt", "before", "after"), three):
-            text = " ".join(text.split())
-            say(f"{name:>8}  {text if len(text) <= 70 else text[:67] + '...'}")
 
 
 def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
-    mode = ("pretrain" if config.pretrain else "distill" if config.teacher else "best_of" if config.best_of else
-            "lora" if config.lora else "sft")
+    mode = ("pretrain" if config.pretrain else "distill" if config.teacher else
+            "best_of" if config.best_of else "lora" if config.lora else "sft")
     init, data, out, steps, lr, kind, target = MODES[mode]
-    world = config.data in ("", data)          # on your own data the exam would make no sense
+    world = config.data in ("", data)                    # on your own data the exam would make no sense
     config = replace(config, init=config.init or init, data=config.data or data, out=config.out or out,
                      steps=config.steps or steps, lr=config.lr or lr)
-    if config.distill not in ("samples", "logits"):
-        raise UserError(f"--distill {config.distill}: want samples or logits")
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-
+    teacher = None
     if mode == "pretrain":
         tokenizer = load_ranks(studybuddy.HERE / "studybuddy.tiktoken")
         model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab)).to(config.device)
@@ -350,75 +317,77 @@ def train(config):
         if config.init == "out/sft":
             need("out/sft", "python sft.py", 25)
         model, tokenizer = load(config.init, config.device)
-    say(f"{mode}: {config.init or 'a fresh model'}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{config.device}; about {'10 minutes' if mode == 'pretrain' else '30 seconds'} on two cores")
-
-    # What to train on: rows by run. The first run is the one to keep.
-    context, teacher = model.config.max_len, None
-    if mode == "pretrain":
-        texts = studybuddy.web() if world else Path(config.data).read_text().split("\n\n")
-        runs = {"base": documents(texts, tokenizer, context)}
-    elif mode == "best_of":
-        runs = rejection_sample(model, tokenizer, config, generator, say)
-    elif mode == "distill":
-        teacher, teachers_tokenizer = load(config.teacher, config.device)
-        if config.distill == "logits" and teachers_tokenizer._mergeable_ranks != tokenizer._mergeable_ranks:
+    if mode == "distill":
+        teacher, teachers = load(config.teacher, config.device)
+        if config.distill not in ("samples", "logits"):
+            raise UserError(f"--distill {config.distill}: choose samples or logits")
+        if config.distill == "logits" and teachers._mergeable_ranks != tokenizer._mergeable_ranks:
             raise UserError(f"--distill logits: {config.teacher} has another vocabulary than {config.init}")
-        runs = teacher_answers(teacher, teachers_tokenizer, tokenizer, context, config, generator, say)
+    size = sum(p.numel() for p in model.parameters())
+    say(f"{mode}: {config.init or 'a fresh model'}, {size:,} parameters, on {config.device}; about "
+        f"{600 if mode == 'pretrain' else 30} seconds on two cores")
+
+    # What to train on. The last run is the one to keep; rejection sampling has its control before it.
+    if mode == "pretrain":
+        if not Path(config.data).is_file():
+            raise UserError(f"{config.data}: no such file")
+        texts = Path(config.data).read_text(encoding="utf-8").strip().split("\n\n")
+        runs = {"base": documents(texts, tokenizer, model.config.max_len)}
     else:
-        runs = {mode: examples(read_conversations(config.data), tokenizer, context, config.data, config.cut)}
-    keep = next(iter(runs))
-    if len(runs[keep]) < 2:
-        raise UserError(f"{config.data}: want at least 2 rows, one to train on and one to hold out")
+        if mode == "best_of":
+            picks = {"random": pick_random, "best": pick_best}
+            runs = answers_of(model, tokenizer, picks, config, generator, say)
+        elif mode == "distill":
+            runs = answers_of(teacher, teachers, {"student": pick_best}, config, generator, say)
+        else:
+            runs = {mode: read_conversations(config.data)}
+        runs = {k: examples(chats, tokenizer, model.config.max_len, config.cut) for k, chats in runs.items()}
+    keep = list(runs)[-1]
     every = max(20, len(runs[keep]) // 256)
     held = runs[keep][::every]
     runs = {name: [row for i, row in enumerate(rows) if i % every] for name, rows in runs.items()}
+    if not runs[keep]:
+        raise UserError(f"{config.data}: one row is held out, so at least 2 are needed")
 
     # BEFORE
     show_example(runs[keep], tokenizer, say)
-    reference = model if mode == "best_of" else None
-    before, old = evaluate(model, tokenizer, held, world, config, reference) if mode != "pretrain" else (
-        {"held_out": held_out_loss(model, tokenizer, held, config)}, None)
-    fresh = f" (knows nothing yet: ln {tokenizer.n_vocab} = {math.log(tokenizer.n_vocab):.3f})" * (mode == "pretrain")
-    say(f"{len(runs[keep]):,} rows, {len(held)} more held out, their loss {before['held_out']:.3f}{fresh}")
-    cards, results = {"before": before}, {}
+    fresh, reference = mode == "pretrain", model if mode == "best_of" else None
+    before, old = evaluate(model, tokenizer, held, world and not fresh, config, reference)
+    say(f"{len(runs[keep]):,} rows; loss on {len(held)} held-out ones {before['held_out']:.3f}"
+        + f" (a fresh model guesses: ln {tokenizer.n_vocab} = {math.log(tokenizer.n_vocab):.3f})" * fresh)
+    cards = {"before": before}
     if teacher:
-        cards["teacher"], _ = evaluate(teacher, teachers_tokenizer, held, world, config)
+        cards["teacher"], _ = evaluate(teacher, teachers, held, world, config)
 
-    # Each run from the same start
-    for name in runs:
-        pupil = copy.deepcopy(model)
+    for name, rows in runs.items():
+        pupil, log = copy.deepcopy(model), Log(config.steps, config.quiet or name != keep)
         if config.lora:
             say(f"trained parameters: {add_lora(pupil, config.lora):,}")
-        log = fit(pupil, tokenizer, runs[name], config, kind, teacher if config.distill == "logits" else None,
-                  config.quiet or name != keep)
+        fit(pupil, tokenizer, rows, config, kind, log, teacher if config.distill == "logits" else None)
         if config.lora:
             merge_lora(pupil)
-        cards[name], answers = evaluate(pupil, tokenizer, held, world, config, reference)
-        if name == keep:
-            kept, kept_log, new = pupil, log, answers
+        if name == keep and config.save:              # before the exam: whatever happens there, this is safe
+            save(config.out, pupil, tokenizer, torch.float16 if fresh else torch.float32)
+        cards[name], new = evaluate(pupil, tokenizer, held, world, config, reference)
 
     # AFTER
-    show_answers(old or new, new, say)
-    if world and not config.quiet:
-        studybuddy.show({name: card for name, card in cards.items() if "gold" in card})
-    key = "gold" if world and mode != "pretrain" else "held_out"
-    a, b = before[key], cards[keep][key]
-    if mode == "best_of" and world:
-        target += cards["random"][key]
-    elif mode == "distill" and world:
-        target += cards["teacher"][key]
-    elif not world:
-        target = a
-    passed = b <= target if key == "held_out" else b >= target
+    show_answers(new if fresh else old, new, say)
+    if not config.quiet:
+        studybuddy.show(cards)
+    after, key = cards[keep], "gold" if world and not fresh else "held_out"
+    if not world:
+        target = before[key]
+    elif mode in ("best_of", "distill"):
+        target += cards["random" if mode == "best_of" else "teacher"][key]
+    passed = after[key] <= target if key == "held_out" else after[key] >= target
     seconds = time.time() - started
-    say(f"{'PASS' if passed else 'FAIL'} {key} {a:.2f} -> {b:.2f} (target {target:.2f}) in {seconds:.0f} s")
-    results = dict(stage=mode, config=asdict(config), seconds=seconds, before=before, after=cards[keep],
+    say(f"{'PASS' if passed else 'FAIL'} {key} {before[key]:.2f} -> {after[key]:.2f} (target {target:.2f}) "
+        f"in {seconds:.0f} s")
+    results = dict(stage=mode, config=asdict(config), seconds=seconds, before=before, after=after,
                    passed=passed, cards=cards)
     if config.save:
-        save(config.out, kept, tokenizer, torch.float16 if mode == "pretrain" else torch.float32)
-        write_results(config.out, kept_log, **results)
-    return {**results, "model": kept, "tokenizer": tokenizer}
+        write_results(config.out, log, **results)
+    return results | {"model": pupil, "tokenizer": tokenizer}
 
 
 if __name__ == "__main__":
