@@ -121,10 +121,13 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C, V = config, config.d_model, config.vocab_size
-        self.embed, self.unembed = nn.Embedding(V, C), None if config.tie else nn.Linear(C, V, bias=False)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # its own start would be costly
+        self.unembed = None if config.tie else nn.Linear(C, V, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(C, config.norm_eps)
         for name, p in self.named_parameters():
+            if p.is_meta:           # load() brings the values
+                continue
             if p.dim() == 2:        # what adds to the residual stream starts smaller, as in GPT-2
                 adds = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if adds else 0.02)
@@ -390,7 +393,6 @@ def write_safetensors(path, tensors):
         f.write(len(text).to_bytes(8, "little") + text)
         for t in tensors.values():
             f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
-        f.flush(), os.fsync(f.fileno())
 
 def tensor_names(c):
     """(our parameter, [(Hugging Face tensor, its rows), ...]): one of ours is several of theirs stacked."""
@@ -417,10 +419,10 @@ def read_config(folder):
         if family not in ("llama", "qwen2") or kind not in ("default", "linear", "llama3") or odd:
             raise UserError(f"{path}: {' '.join([f'model_type {family}, rope {kind}', *odd])} is another architecture"
                             " than Llama's or Qwen2's")
-        known = {ours: c[theirs] for ours, theirs in FIELDS.items() if c.get(theirs) is not None}
-        return ModelConfig(**{"n_kv_heads": known["n_heads"], "tie": False} | known, qkv_bias=family == "qwen2",
-                           rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10000),
-                           rope_scaling=None if kind == "default" else rope)
+        c = {"num_key_value_heads": c["num_attention_heads"], "head_dim": None, "tie_word_embeddings": False} | c
+        theta = rope.pop("rope_theta", None) or c.get("rope_theta") or 10000
+        return ModelConfig(**{ours: c[theirs] for ours, theirs in FIELDS.items()}, qkv_bias=family == "qwen2",
+                           rope_theta=float(theta), rope_scaling=None if kind == "default" else rope)
     except OSError:
         raise UserError(f"{folder}: not a model: " + ("no config.json" if Path(folder).is_dir() else "no such folder"))
     except (ValueError, KeyError, TypeError) as e:
@@ -502,11 +504,15 @@ class Muon(torch.optim.AdamW):
     def step(self):
         shapes = {}                               # matrices of one shape go through together
         for group in self.param_groups:
-            for p in group["params"] if group["muon"] else []:
-                shapes.setdefault(p.shape, []).append((p, group))
+            for p in group["params"]:
+                if group["muon"] and p.grad is not None:
+                    shapes.setdefault(p.shape, []).append((p, group))
         for shape, members in shapes.items():
             grads = torch.stack([p.grad for p, _ in members])               # (N, rows, columns)
-            momentum = self.state[members[0][0]].setdefault("momentum", torch.zeros_like(grads)).lerp_(grads, 0.05)
+            state = self.state[members[0][0]]
+            if not state:                         # AdamW expects a "step" in any state that it loads
+                state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(grads)}
+            momentum = state["momentum"].lerp_(grads, 0.05)
             # scaled to the size of AdamW's updates, so that one learning rate serves both (Liu 2025)
             updates = orthogonalise(grads.lerp(momentum, 0.95)) * 0.2 * max(shape) ** 0.5
             for (p, group), update in zip(members, updates):
