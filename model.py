@@ -12,8 +12,8 @@ runs the toy of 0.9M parameters and the real models. Every script imports this f
 
 Left out: dropout (PPO's first ratio would not be 1), other architectures. Next: sft.py trains this network.
 """
-import argparse, base64, ctypes, dataclasses, functools, inspect, json, math, os, re, shlex, subprocess, sys, time
-import unicodedata
+import argparse, base64, ctypes, dataclasses, functools, inspect, json, math, os, re, shlex, subprocess, sys
+import time, unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
     # glibc gives big tensors back to the kernel, and each next one pays a page fault every 4 kB: keep them
     ctypes.CDLL(None).mallopt(-3, 32 << 20), ctypes.CDLL(None).mallopt(-1, 1 << 30)
 
-# ---- the transformer: B batch, T time, C channels, V vocabulary, H query heads, K key heads, D channels a head
+# ---- the transformer: B batch, T time, C channels, V vocabulary, H query heads, K key heads, D head size
 
 @dataclasses.dataclass
 class ModelConfig:
@@ -62,13 +62,13 @@ def rope_turns(c):
         return turn
     if scaling.get("rope_type", scaling.get("type")) == "linear":
         return turn / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]     # Llama 3 stretches only slow turns
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]    # Llama 3: only slow turns
     rounds = scaling["original_max_position_embeddings"] * turn / (2 * math.pi)
     keep = ((rounds - low) / (high - low)).clamp(0, 1)
     return turn * (keep + (1 - keep) / scaling["factor"])
 
 def rotate(x, cos, sin):
-    """Turns each pair (x[i], x[i + D/2]): (a cos - b sin, b cos + a sin). x (B, T, heads, D), the rest (B, T, 1, D)"""
+    """Turns each pair (x[i], x[i + D/2]): (a cos - b sin, b cos + a sin). x (B, T, heads, D)"""
     a, b = x.chunk(2, dim=-1)
     return torch.addcmul(x * cos, torch.cat([b, a], dim=-1), sin)           # sin holds the minus sign
 
@@ -93,21 +93,22 @@ class Block(nn.Module):
         super().__init__()
         self.H, self.K, self.D = c.n_heads, c.n_kv_heads, c.head_dim
         self.norm1, self.norm2 = nn.RMSNorm(c.d_model, c.norm_eps), nn.RMSNorm(c.d_model, c.norm_eps)
-        self.qkv = nn.Linear(c.d_model, (self.H + 2 * self.K) * self.D, bias=c.qkv_bias)    # one product for 3
+        self.qkv = nn.Linear(c.d_model, (self.H + 2 * self.K) * self.D, bias=c.qkv_bias)   # one product for 3
         self.out = nn.Linear(self.H * self.D, c.d_model, bias=False)
-        self.gate_up = nn.Linear(c.d_model, 2 * c.d_ff, bias=False)                         # one product for 2
+        self.gate_up = nn.Linear(c.d_model, 2 * c.d_ff, bias=False)                        # one product for 2
         self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
 
     def forward(self, x, cos, sin, allowed, cache, layer):
         x = x + self.out(self.attend(self.norm1(x), cos, sin, allowed, cache, layer))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)                             # (B, T, d_ff) each
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)                            # (B, T, d_ff) each
         return x + self.down(F.silu(gate) * up)
 
     def attend(self, x, cos, sin, allowed, cache, layer):
         B, T, H, K, D = *x.shape[:2], self.H, self.K, self.D
         qkv = self.qkv(x).view(B, T, H + 2 * K, D)
         qk = rotate(qkv[:, :, :H + K], cos, sin)
-        q, k, v = (y.transpose(1, 2) for y in (qk[:, :, :H], qk[:, :, H:], qkv[:, :, H + K:]))  # (B, H or K, T, D)
+        q = qk[:, :, :H].transpose(1, 2)                                    # (B, H, T, D)
+        k, v = qk[:, :, H:].transpose(1, 2), qkv[:, :, H + K:].transpose(1, 2)              # (B, K, T, D)
         if cache:
             k, v = cache.add(layer, k, v)                                   # (B, K, S, D)
         if cache and T == 1:        # for one query, two plain products are faster than torch's attention
@@ -121,7 +122,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C, V = config, config.d_model, config.vocab_size
-        self.embed = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # its own start would be costly
+        self.embed = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # filled below
         self.unembed = None if config.tie else nn.Linear(C, V, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(C, config.norm_eps)
@@ -135,8 +136,8 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
 
     def hidden(self, ids, mask=None, cache=None):
-        """ids (B, T) -> (B, T, C). mask is True at real tokens: one unbroken run in a row, with padding on either
-        side. With a cache, ids are the newest T of S tokens in all, and mask (B, S) covers all of them."""
+        """ids (B, T) -> (B, T, C). mask is True at real tokens, an unbroken run in each row: padding is on
+        either side. With a cache, ids are the newest T of S tokens, and mask (B, S) covers them all."""
         past, S = (cache.length, cache.length + ids.shape[1]) if cache else (0, ids.shape[1])
         if S > self.config.max_len:
             raise UserError(f"{S} tokens do not fit the model's context of {self.config.max_len}")
@@ -145,11 +146,11 @@ class Transformer(nn.Module):
         if not mask[:, 0].all() or 1 < S - past < S:
             square = ids.new_ones(S, S, dtype=torch.bool)
             # padding sees itself, since a softmax over nothing is nan
-            allowed = (mask[:, None, None] & square.tril()[past:]) | square.diag().diag()[past:]    # (B, 1, T, S)
+            allowed = mask[:, None, None] & square.tril()[past:] | square.diag().diag()[past:]  # (B, 1, T, S)
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]              # (B, T) 0 at the first real token
-        angle = position[:, :, None, None] * rope_turns(self.config).to(ids.device)                 # (B, T, 1, D/2)
+        angle = position[:, :, None, None] * rope_turns(self.config).to(ids.device)         # (B, T, 1, D/2)
         x, cos, sin = self.embed(ids), angle.cos(), angle.sin()
-        cos, sin = torch.cat([cos, cos], -1).to(x.dtype), torch.cat([-sin, sin], -1).to(x.dtype)    # (B, T, 1, D)
+        cos, sin = (torch.cat(pair, -1).to(x.dtype) for pair in ([cos, cos], [-sin, sin]))  # (B, T, 1, D)
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, allowed, cache, layer)
         if cache:
@@ -168,8 +169,8 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.transformer, self.config = transformer, transformer.config
         self.score = nn.Linear(self.config.d_model, k, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / (self.config.d_model + 1))       # small: all scores start near 0
-        self.register_buffer("mean", torch.zeros(k))            # subtracted, so that an average answer scores 0
+        nn.init.normal_(self.score.weight, std=1 / (self.config.d_model + 1))   # all scores start near 0
+        self.register_buffer("mean", torch.zeros(k))        # subtracted, so that an average answer scores 0
 
     def forward(self, ids, mask=None):
         scores = self.score(self.transformer.hidden(ids, mask)) - self.mean         # (B, T, k)
@@ -178,15 +179,16 @@ class ScalarModel(nn.Module):
 # ---- tokenizer and chat format
 
 EOT, START, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
-# Text is first cut into pieces that no token crosses: words and numbers with the space before them, and so on.
+# Text is first cut into pieces that no token crosses: a word or number with the space before it, and so on.
 PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # ours
 GPT2 = PIECES.replace("{1,2}", "+")
-DIGITS = r"\p{N}|" + GPT2.replace(r"| ?\p{N}+", "").replace(r"(?!\S)", r"(?![^\s\p{N}])")    # SmolLM2: single digits
+# SmolLM2 first cuts out every digit, so that spaces before a digit end their piece
+DIGITS = r"\p{N}|" + GPT2.replace(r"| ?\p{N}+", "").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 class Tokenizer(tiktoken.Encoding):
-    """tiktoken's, and what some real vocabularies need: a Unicode normal form, dropping bytes that they lack."""
+    """tiktoken's, and what some real vocabularies need: a Unicode normal form, bytes that they lack."""
     form, lacks, files = None, b"", {}
 
     def encode_ordinary(self, text):
@@ -204,7 +206,7 @@ def byte_letters():
     return dict(zip(plain + [b for b in range(256) if b not in plain], map(chr, plain + [*range(256, 324)])))
 
 def load_ranks(path):
-    """A vocabulary in tiktoken's format: each line a token's bytes in base64 and its rank. Special tokens follow."""
+    """A vocabulary in tiktoken's format: a line a token, bytes in base64 and rank. Special tokens follow."""
     lines = [line.split() for line in Path(path).read_text().splitlines()]
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     specials = {token: len(ranks) + i for i, token in enumerate([EOT, START, END, PAD])}
@@ -225,11 +227,13 @@ def huggingface_files(ranks, specials):
     letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     cut = dict(type="Split", pattern={"Regex": PIECES}, behavior="Isolated", invert=False)
     vocab = {spell(token): rank for token, rank in ranks.items()} | specials
-    tokenizer = dict(version="1.0", added_tokens=[dict(id=i, content=t, **flags) for t, i in specials.items()],
-                     pre_tokenizer=dict(type="Sequence", pretokenizers=[cut, letters]), decoder=letters,
+    added = [dict(id=i, content=token, **flags) for token, i in specials.items()]
+    tokenizer = dict(version="1.0", added_tokens=added, decoder=letters,
+                     pre_tokenizer=dict(type="Sequence", pretokenizers=[cut, letters]),
                      model=dict(type="BPE", vocab=vocab, merges=merges))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD, chat_template=CHATML)
-    return {"tokenizer.json": json.dumps(tokenizer, ensure_ascii=False), "tokenizer_config.json": json.dumps(config)}
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD,
+                  chat_template=CHATML)
+    return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(config)}
 
 def load_tokenizer(folder, vocab_size):
     """A folder's tokenizer.json, if it is byte-level BPE. -> Tokenizer"""
@@ -239,18 +243,19 @@ def load_tokenizer(folder, vocab_size):
         steps, form = spec.get("pre_tokenizer") or {}, (spec.get("normalizer") or {}).get("type")
         steps = steps.get("pretokenizers", [steps])
         kinds, cut = tuple(step.get("type") for step in steps), steps[0].get("pattern", {}).get("Regex")
-        pattern = {("Split", "ByteLevel"): cut, ("Digits", "ByteLevel"): DIGITS, ("ByteLevel",): GPT2}.get(kinds)
+        known = {("Split", "ByteLevel"): cut, ("Digits", "ByteLevel"): DIGITS, ("ByteLevel",): GPT2}
         vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
         made = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in merges]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: no tokenizer that can be read ({type(e).__name__}: {e})")
-    if not pattern or form not in (None, "NFC") or [*dict.fromkeys(made)] != sorted({*made}):
-        raise UserError(f"{path}: not byte-level BPE as in GPT-2, Llama 3, Qwen2 or SmolLM2 ({kinds}, {form})")
+    in_order = [*dict.fromkeys(made)] == sorted({*made})        # then ids can be tiktoken's ranks
+    if not (pattern := known.get(kinds)) or form not in (None, "NFC") or not in_order:
+        raise UserError(f"{path}: not byte-level BPE as in GPT-2, Llama 3, Qwen2, SmolLM2 ({kinds}, {form})")
     byte = {letter: b for b, letter in byte_letters().items()}
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     ranks = {bytes(byte[x] for x in token): i for token, i in vocab.items() if token not in specials}
     lacks = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-    # tiktoken wants every byte: those missing get ids past the vocabulary. Other free ids get a name, to decode.
+    # tiktoken wants every byte: those missing get ids past the vocabulary. Free ids get a name, to decode.
     taken = {*ranks.values(), *specials.values()}
     top = max(vocab_size, *(i + 1 for i in taken))
     specials |= {f"<|unused_{i}|>": i for i in range(top) if i not in taken}
@@ -273,12 +278,13 @@ def to_messages(prompt):
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 def render(tokenizer, messages, reply=False):
-    """ChatML -> (ids, loss mask), two lists. What the assistant says and its <|im_end|> carry loss, nothing else.
+    """ChatML -> (ids, loss mask), two lists. Loss is on what the assistant says and its <|im_end|> alone.
     A message is ordinary text: whoever types <|im_end|> gets its letters, never the token."""
-    encode, start, end, ids, loss = tokenizer.encode_ordinary, special(tokenizer, START), special(tokenizer, END), [], []
+    encode, ids, loss = tokenizer.encode_ordinary, [], []
+    start, end = special(tokenizer, START), special(tokenizer, END)
     for message in messages:
         role, content = message["role"], message["content"]
-        if role == "assistant":     # cut where sampling begins: training must see the tokens that sampling gives
+        if role == "assistant":     # cut where sampling begins, so that training sees what sampling gives
             head, body = [start, *encode("assistant\n")], [*encode(content), end]
         else:
             head, body = [start, *encode(f"{role}\n{content}"), end], []
@@ -313,16 +319,18 @@ def draw(probs, top_k, top_p, generator):
     return torch.searchsorted(line, dart, right=True)[:, 0].clamp(max=line.shape[1] - 1)
 
 @torch.no_grad()
-def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0, top_p=1.0, generator=None, batch=256):
-    """n answers to each prompt (a list of ids), in the order p0 a0, p0 a1, ... p1 a0. Temperature 0 is greedy."""
+def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0, top_p=1.0, generator=None,
+           batch=256):
+    """n answers to each prompt (a list of ids), p0 a0, p0 a1, ... p1 a0, ... Temperature 0 is greedy."""
     device, end, blank = model.embed.weight.device, special(tokenizer, END), special(tokenizer, PAD)
-    P = max(map(len, prompts))
-    if P + max_new > model.config.max_len:
-        raise UserError(f"a prompt of {P} tokens and {max_new} new ones exceed the context of {model.config.max_len}")
-    owner = torch.arange(len(prompts)).repeat_interleave(n)                                 # (B,) whose answer it is
-    ids = F.pad(pad(prompts, blank, left=True), (0, max_new), value=blank)[owner].to(device)            # (B, P+T)
-    mask = F.pad(pad([[1] * len(p) for p in prompts], 0, left=True), (0, max_new), value=1)[owner].bool().to(device)
-    logps, new = torch.zeros(ids.shape, device=device), torch.arange(P + max_new, device=device) >= P   # new (P+T,)
+    P, room = max(map(len, prompts)), model.config.max_len
+    if P + max_new > room:
+        raise UserError(f"a prompt of {P} tokens and {max_new} new ones do not fit the context of {room}")
+    owner = torch.arange(len(prompts)).repeat_interleave(n)                 # (B,) whose answer a row is
+    ids, mask = pad(prompts, blank, left=True), pad([[1] * len(p) for p in prompts], 0, left=True)
+    ids = F.pad(ids[owner], (0, max_new), value=blank).to(device)           # (B, P+T)
+    mask = F.pad(mask[owner], (0, max_new), value=1).bool().to(device)      # (B, P+T) what will come counts
+    logps, new = torch.zeros(ids.shape, device=device), torch.arange(P + max_new, device=device) >= P
     for rows in torch.arange(len(ids)).split(batch):
         shared, copy = owner[rows].unique(return_inverse=True)              # each prompt goes through once
         cache = Cache(P + max_new)
@@ -346,7 +354,8 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
     answer = new & (stop.cumsum(1) - stop.long() == 0)                      # up to the first end token
     mask &= answer | ~new
     T = P + int(answer.sum(1).max())
-    texts = [tokenizer.decode(row[a & (row != end)].tolist()).strip() for row, a in zip(ids.cpu(), answer.cpu())]
+    said = answer & (ids != end)
+    texts = [tokenizer.decode(row[keep].tolist()).strip() for row, keep in zip(ids.cpu(), said.cpu())]
     return Samples(ids.where(mask, blank)[:, :T], mask[:, :T], answer[:, :T], logps.where(answer, 0)[:, :T],
                    stop.any(1), texts)
 
@@ -358,17 +367,18 @@ def answer(model, tokenizer, prompts, **settings):
 def token_logps(model, ids, mask, answer, temperature=1.0):
     """log p(ids[:, t] | ids[:, :t]) where answer[:, t] is True, exactly 0 elsewhere. All (B, T).
     Give it the temperature that drew the tokens, or it scores another policy than the one that acted."""
-    wanted = answer[:, 1:]                                                  # (B, T-1) position t - 1 predicts t
-    logits = model.head(model.hidden(ids, mask)[:, :-1][wanted]).float() / temperature      # (N, V) only those
+    wanted = answer[:, 1:]                                                  # (B, T-1) t - 1 predicts t
+    logits = model.head(model.hidden(ids, mask)[:, :-1][wanted]).float() / temperature      # (N, V)
     logps = -F.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")                  # (N,)
     return F.pad(logps.new_zeros(wanted.shape).masked_scatter(wanted, logps), (1, 0))
 
 # ---- checkpoints: Hugging Face folders
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FIELDS = dict(vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers", d_ff="intermediate_size",
-              n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
-              max_len="max_position_embeddings", norm_eps="rms_norm_eps", tie="tie_word_embeddings")
+FIELDS = dict(vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidden_layers",
+              d_ff="intermediate_size", n_heads="num_attention_heads", n_kv_heads="num_key_value_heads",
+              head_dim="head_dim", max_len="max_position_embeddings", norm_eps="rms_norm_eps",
+              tie="tie_word_embeddings")
 
 def read_safetensors(path):
     """The format: 8 bytes of length, a JSON header {name: {dtype, shape, data_offsets}}, raw bytes."""
@@ -377,15 +387,15 @@ def read_safetensors(path):
         start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
         header = json.loads(raw[8:start].tobytes())
         header.pop("__metadata__", None)
-        cut = lambda begin, end: torch.from_numpy(raw[start + begin:start + end])
-        return {n: cut(*t["data_offsets"]).view(DTYPES[t["dtype"]]).view(t["shape"]) for n, t in header.items()}
+        cut = lambda begin, end, dtype: torch.from_numpy(raw[start + begin:start + end]).view(DTYPES[dtype])
+        return {name: cut(*t["data_offsets"], t["dtype"]).view(t["shape"]) for name, t in header.items()}
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise UserError(f"{path}: not a safetensors file that can be read ({type(e).__name__}: {e})")
 
 def write_safetensors(path, tensors):
-    header, offset, names = {"__metadata__": {"format": "pt"}}, 0, {dtype: name for name, dtype in DTYPES.items()}
+    header, offset, kinds = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in DTYPES.items()}
     for name, t in tensors.items():
-        header[name] = dict(dtype=names[t.dtype], shape=list(t.shape), data_offsets=[offset, offset + t.nbytes])
+        header[name] = dict(dtype=kinds[t.dtype], shape=[*t.shape], data_offsets=[offset, offset + t.nbytes])
         offset += t.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)               # the tensors start at a multiple of 8
@@ -402,12 +412,14 @@ def tensor_names(c):
     if not c.tie:
         yield "unembed.weight", [("lm_head.weight", V)]
     for i in range(c.n_layers):
-        parts = dict(qkv=[("self_attn.q_proj", H * D), ("self_attn.k_proj", K * D), ("self_attn.v_proj", K * D)],
-                     out=[("self_attn.o_proj", C)], gate_up=[("mlp.gate_proj", c.d_ff), ("mlp.up_proj", c.d_ff)],
-                     down=[("mlp.down_proj", C)], norm1=[(N, C)], norm2=[("post_attention_layernorm", C)])
+        parts = dict(qkv=[(f"self_attn.{x}_proj", heads * D) for x, heads in zip("qkv", (H, K, K))],
+                     gate_up=[(f"mlp.{x}_proj", c.d_ff) for x in ("gate", "up")],
+                     out=[("self_attn.o_proj", C)], down=[("mlp.down_proj", C)], norm1=[(N, C)],
+                     norm2=[("post_attention_layernorm", C)])
         for ours, theirs in parts.items():
             for kind in ["weight", "bias"] if ours == "qkv" and c.qkv_bias else ["weight"]:
-                yield f"blocks.{i}.{ours}.{kind}", [(f"model.layers.{i}.{name}.{kind}", rows) for name, rows in theirs]
+                stacked = [(f"model.layers.{i}.{name}.{kind}", rows) for name, rows in theirs]
+                yield f"blocks.{i}.{ours}.{kind}", stacked
 
 def read_config(folder):
     path = Path(folder) / "config.json"
@@ -417,14 +429,14 @@ def read_config(folder):
         family, kind = c.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
         odd = [x for x in ("attention_bias", "mlp_bias", "use_sliding_window") if c.get(x)]
         if family not in ("llama", "qwen2") or kind not in ("default", "linear", "llama3") or odd:
-            raise UserError(f"{path}: {' '.join([f'model_type {family}, rope {kind}', *odd])} is another architecture"
-                            " than Llama's or Qwen2's")
-        c = {"num_key_value_heads": c["num_attention_heads"], "head_dim": None, "tie_word_embeddings": False} | c
+            odd = " ".join([f"model_type {family}, rope {kind}", *odd])
+            raise UserError(f"{path}: {odd} is another architecture than Llama's or Qwen2's")
+        c = dict(num_key_value_heads=c["num_attention_heads"], head_dim=None, tie_word_embeddings=False) | c
         theta = rope.pop("rope_theta", None) or c.get("rope_theta") or 10000
         return ModelConfig(**{ours: c[theirs] for ours, theirs in FIELDS.items()}, qkv_bias=family == "qwen2",
                            rope_theta=float(theta), rope_scaling=None if kind == "default" else rope)
     except OSError:
-        raise UserError(f"{folder}: not a model: " + ("no config.json" if Path(folder).is_dir() else "no such folder"))
+        raise UserError(f"{folder}: " + ("no config.json" if Path(folder).is_dir() else "no such folder"))
     except (ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: not the config of a model ({type(e).__name__}: {e})")
 
@@ -433,7 +445,8 @@ def load(folder, device="cpu", dtype=None, scalar=False):
     config, folder, tensors, state = read_config(folder), Path(folder), {}, {}
     index = folder / "model.safetensors.index.json"
     sharded = index.exists() and not (folder / "model.safetensors").exists()
-    for shard in {*json.loads(index.read_text())["weight_map"].values()} if sharded else ["model.safetensors"]:
+    shards = json.loads(index.read_text())["weight_map"].values() if sharded else ["model.safetensors"]
+    for shard in {*shards}:
         tensors |= read_safetensors(folder / shard)
     if scalar != ("score.weight" in tensors):
         raise UserError(f"{folder}: {'not a' if scalar else 'a'} scalar model (reward model, critic)")
@@ -449,7 +462,8 @@ def load(folder, device="cpu", dtype=None, scalar=False):
     model.load_state_dict(state, assign=True)
     if scalar:
         model = ScalarModel(model, len(tensors["score.weight"]))
-        model.load_state_dict({"score.weight": tensors["score.weight"], "mean": tensors["score.mean"]}, strict=False)
+        score = {"score.weight": tensors["score.weight"], "mean": tensors["score.mean"]}
+        model.load_state_dict(score, strict=False)
     try:
         return model.to(device, dtype or torch.float32), load_tokenizer(folder, config.vocab_size)
     except (RuntimeError, AssertionError) as e:
@@ -458,7 +472,7 @@ def load(folder, device="cpu", dtype=None, scalar=False):
 load_scalar = functools.partial(load, scalar=True)      # a folder that save() wrote for a ScalarModel
 
 def save(folder, model, tokenizer, dtype=torch.float32):
-    """Writes a folder that load() and transformers open. Everything is written beside what is there, then renamed:
+    """Writes a folder that load() and transformers open. All is written beside what is there, then renamed:
     killed at any moment, a whole checkpoint is there to load. LoRAs are merged in what is written."""
     scalar, c, tensors = isinstance(model, ScalarModel), model.config, {}
     transformer = model.transformer if scalar else model
@@ -466,17 +480,19 @@ def save(folder, model, tokenizer, dtype=torch.float32):
         value = functools.reduce(getattr, ours.split("."), transformer).detach().to("cpu", dtype)
         tensors |= zip([name for name, _ in theirs], value.split([rows for _, rows in theirs]))
     if scalar:
-        tensors |= {"score.weight": model.score.weight.detach().to("cpu", dtype), "score.mean": model.mean.cpu()}
+        score = model.score.weight.detach().to("cpu", dtype)
+        tensors |= {"score.weight": score, "score.mean": model.mean.cpu()}
     family, task = "Qwen2" if c.qkv_bias else "Llama", "SequenceClassification" if scalar else "CausalLM"
     config = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()} | dict(
-        architectures=[f"{family}For{task}"], model_type=family.lower(), hidden_act="silu", rope_theta=c.rope_theta,
-        rope_scaling=c.rope_scaling, torch_dtype=str(dtype).split(".")[1], bos_token_id=None,
+        architectures=[f"{family}For{task}"], model_type=family.lower(), hidden_act="silu",
+        rope_theta=c.rope_theta, rope_scaling=c.rope_scaling, torch_dtype=str(dtype)[6:], bos_token_id=None,
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta} | (c.rope_scaling or {}),
         eos_token_id=special(tokenizer, END), pad_token_id=special(tokenizer, PAD))
     config |= {"id2label": {i: f"score {i}" for i in range(len(model.mean))}} if scalar else {}
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_safetensors(Path(folder) / "model.safetensors.tmp", tensors)
-    write_files(folder, tokenizer.files | {"config.json": json.dumps(config, indent=1)}, ["model.safetensors"])
+    texts = tokenizer.files | {"config.json": json.dumps(config, indent=1)}
+    write_files(folder, texts, ["model.safetensors"])
 
 def write_files(folder, texts, also=()):
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -488,8 +504,8 @@ def write_files(folder, texts, also=()):
 # ---- training
 
 def orthogonalise(X, steps=5):
-    """Newton-Schulz: products alone set all singular values to about 1. X (N, rows, columns), float32: torch's own
-    Muon works in bfloat16, which is slow on CPUs."""
+    """Newton-Schulz: products alone set all singular values to about 1. X (N, rows, columns). In float32:
+    torch's own Muon works in bfloat16, which is slow on CPUs."""
     if X.shape[1] > X.shape[2]:
         return orthogonalise(X.mT, steps).mT
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -592,9 +608,10 @@ def parse(Config, doc, argv=None):
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
-        kind, text = type(field.default), f"{comments.get(field.name, '')} ({field.default})".replace("%", "%%")
+        kind, text = type(field.default), f"{comments.get(field.name, '')} ({field.default})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=text, **how)
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
+                            help=text.replace("%", "%%"), **how)
     return Config(**vars(parser.parse_args(argv)))
 
 def main(Config, train, doc):
@@ -644,8 +661,9 @@ def chat(folders):
     while text := input("you> "):                 # an empty line ends it
         for folder, (model, tokenizer), history in zip(folders, models, histories):
             history += to_messages(text)
-            history += [{"role": "assistant", "content": answer(model, tokenizer, [history], temperature=0.7)[0]}]
-            print(f"{folder}> {history[-1]['content']}")
+            reply, = answer(model, tokenizer, [history], temperature=0.7)
+            history.append({"role": "assistant", "content": reply})
+            print(f"{folder}> {reply}")
 
 if __name__ == "__main__":
     try:

@@ -92,6 +92,16 @@ def test_padding_on_either_side_changes_no_logits():
             assert torch.allclose(logits[i][mask[i]], model(torch.tensor([row]))[0], atol=1e-4), (left, i)
 
 
+def test_the_first_real_token_is_at_position_0(monkeypatch):
+    """Rotary attention sees only differences of positions, so no logit would show this."""
+    angles, real = [], M.rotate
+    monkeypatch.setattr(M, "rotate", lambda x, cos, sin: angles.append((cos, sin)) or real(x, cos, sin))
+    tiny_model()(*masked(rows_of(3, 5), left=True))
+    cos, sin = angles[0]                               # (B, T, 1, D)
+    for i, first in ((0, 2), (1, 0)):
+        assert (cos[i, first] == 1).all() and (sin[i, first] == 0).all() and (cos[i, first + 1] < 1).any()
+
+
 def test_pad_ids_change_nothing_in_loss_or_gradient():
     model, rows = tiny_model(), rows_of(4, 12, 8)
     for left in (True, False):
@@ -544,6 +554,23 @@ def test_optimizers_learn_and_resume(kind, tmp_path):
     assert step(model, opt) == step(copy, opt2) and step(model, opt) == step(copy, opt2)
     with pytest.raises(M.UserError, match="sgd"):
         M.optimizer(model, 1, "sgd")
+
+
+def test_muon_by_hand():
+    """Nesterov momentum 0.95, orthogonalised, times 0.2 sqrt(longer side): each matrix by itself."""
+    model = tiny_model()
+    opt = M.optimizer(model, 0.1, "muon", weight_decay=0.5)
+    p = model.blocks[1].down.weight
+    want, momentum = p.detach().clone(), torch.zeros_like(p)
+    for _ in range(3):
+        for q in model.parameters():
+            q.grad = torch.randn_like(q)
+        g = p.grad.clone()
+        momentum = 0.95 * momentum + 0.05 * g
+        update = M.orthogonalise((0.05 * g + 0.95 * momentum)[None])[0] * 0.2 * 64 ** 0.5
+        want = want * (1 - 0.1 * 0.5) - 0.1 * update
+        opt.step()
+        assert torch.allclose(p, want, atol=1e-4)
 
 
 def test_lora(tok, tmp_path):
