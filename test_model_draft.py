@@ -145,7 +145,9 @@ def test_scalar_model(tok, tmp_path):
     reward = M.ScalarModel(tiny_model(), 1)
     ids, mask = masked(rows_of(4, 7), True)
     assert reward(ids, mask).shape == (2, 7)
+    before = reward(ids, mask)
     reward.mean += 0.25
+    assert torch.allclose(reward(ids, mask), before - 0.25)
     M.save(tmp_path / "r", reward, tok)
     again, _ = M.load_scalar(tmp_path / "r")
     assert torch.equal(again(ids, mask), reward(ids, mask)) and again.mean.item() == 0.25
