@@ -9,7 +9,7 @@ not write. It gives the model a voice; that one answer is better than another it
 
     python sft.py                      data/base -> out/sft: learn the demonstrations
     python sft.py --lora 8             the same with rank-8 adapters on frozen weights -> out/lora
-    python sft.py --best_of 8          rejection sampling: learn the best of 8 own answers -> out/best_of
+    python sft.py --best-of 8          rejection sampling: learn the best of 8 own answers -> out/best_of
     python sft.py --teacher out/dpo    distillation: learn another model's answers -> out/distill
     python sft.py --pretrain           data/web.txt -> out/base: how data/base was made, 10 minutes
     python sft.py --init SmolLM2-135M --data mine.jsonl --lr 2e-5 --device cuda --out out/mine
@@ -38,7 +38,7 @@ class Config:
     out: str = ""             # write here (default: see MODES)
     steps: int = 0            # optimiser steps (0: see MODES)
     lr: float = 0.0           # peak learning rate (0: see MODES)
-    batch: int = 4096         # tokens a batch, padding included
+    batch: int = 0            # tokens a batch, padding included (0: see MODES)
     accumulate: int = 1       # batches a step
     seed: int = 0             # same seed, same machine: same numbers
     device: str = "cpu"       # cpu, cuda or mps
@@ -56,12 +56,14 @@ class Config:
     quiet: bool = False       # print nothing
 
 
-MODES = {  #    init         data                  out            steps lr    optimiser target
-    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   1e-3, "adamw", 0.65),  # gold
-    "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   1e-2, "adamw", 0.62),  # gold
-    "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   5e-4, "adamw", 0.05),  # + control's
-    "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  1e-3, "adamw", -.05),  # + teacher's
-    "pretrain": ("",          "data/web.txt",       "out/base",    1800, 2e-2, "muon",  0.60),  # held_out
+# The target is gold; for best_of and distill what is added to the control's and the teacher's gold; for pretrain
+# the held-out loss.
+MODES = {  #    init         data                  out            steps batch lr    optimiser target
+    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   4096, 1e-3, "adamw", 0.65),
+    "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   4096, 1e-2, "adamw", 0.62),
+    "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   4096, 5e-4, "adamw", 0.05),
+    "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  4096, 1e-3, "adamw", -.05),
+    "pretrain": ("",          "data/web.txt",       "out/base",    1800, 4096, 2e-2, "muon",  0.60),
 }
 
 
@@ -197,10 +199,10 @@ def answers_of(author, tokenizer, picks, config, generator, say):
     K, rows = max(config.best_of, 1), read_jsonl(config.data, need=("prompt",))
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator)[:config.prompts].tolist()]
     prompts = [render(tokenizer, to_messages(row["prompt"]), reply=True)[0] for row in rows]
-    texts, ended = sample(author, tokenizer, prompts, K, config.max_new, generator=generator)[-1:-3:-1]
-    rows, ended = [row for row in rows for _ in range(K)], ended.cpu()         # now one an answer: B * K
-    chats = [to_messages(row["prompt"]) + [{"role": "assistant", "content": text or "."}]
-             for row, text in zip(rows, texts)]
+    drawn = sample(author, tokenizer, prompts, n=K, max_new=config.max_new, generator=generator)
+    rows, ended = [row for row in rows for _ in range(K)], drawn.ended.cpu()   # now one an answer: B * K
+    chats = [to_messages(row["prompt"]) + [{"role": "assistant", "content": text}]
+             for row, text in zip(rows, drawn.texts)]
     scores = rewards(rows, chats, config) if K > 1 else torch.zeros(len(chats))
     scores = scores.masked_fill(~ended, -torch.inf).view(-1, K)   # (B, K) an endless answer is never the best
     runs = {}
@@ -233,11 +235,11 @@ def held_out_loss(model, tokenizer, rows, config):
     return total / count
 
 
-def evaluate(model, tokenizer, held, world, config, reference=None):
+def evaluate(model, tokenizer, held, world, config, **versus):
     """-> report card, [(row, answer)]. The world's exam knows what is right; your data has a loss."""
     card = {"held_out": held_out_loss(model, tokenizer, held, config)}
     if world:
-        exam, answers = studybuddy.exam(model, tokenizer, reference=reference, seed=config.seed)
+        exam, answers = studybuddy.exam(model, tokenizer, seed=config.seed, **versus)
         return exam | card, answers
     prompts = [ids[:mask.index(1)] for ids, mask in held[:4]]
     texts = sample(model, tokenizer, prompts, max_new=config.max_new, temperature=0.0).texts
@@ -303,10 +305,10 @@ def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
     mode = ("pretrain" if config.pretrain else "distill" if config.teacher else
             "best_of" if config.best_of else "lora" if config.lora else "sft")
-    init, data, out, steps, lr, kind, target = MODES[mode]
+    init, data, out, steps, batch, lr, kind, target = MODES[mode]
     world = config.data in ("", data)                    # on your own data the exam would make no sense
     config = replace(config, init=config.init or init, data=config.data or data, out=config.out or out,
-                     steps=config.steps or steps, lr=config.lr or lr)
+                     steps=config.steps or steps, batch=config.batch or batch, lr=config.lr or lr)
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     teacher = None
@@ -351,8 +353,10 @@ def train(config):
 
     # BEFORE
     show_example(runs[keep], tokenizer, say)
-    fresh, reference = mode == "pretrain", model if mode == "best_of" else None
-    before, old = evaluate(model, tokenizer, held, world and not fresh, config, reference)
+    fresh, versus = mode == "pretrain", {}
+    before, old = evaluate(model, tokenizer, held, world and not fresh, config)
+    if mode == "best_of" and world:                   # how far from the SFT model, and how often better?
+        versus = {"reference": model, "against": old}
     say(f"{len(runs[keep]):,} rows; loss on {len(held)} held-out ones {before['held_out']:.3f}"
         + f" (a fresh model guesses: ln {tokenizer.n_vocab} = {math.log(tokenizer.n_vocab):.3f})" * fresh)
     cards = {"before": before}
@@ -368,7 +372,7 @@ def train(config):
             merge_lora(pupil)
         if name == keep and config.save:              # before the exam: whatever happens there, this is safe
             save(config.out, pupil, tokenizer, torch.float16 if fresh else torch.float32)
-        cards[name], new = evaluate(pupil, tokenizer, held, world, config, reference)
+        cards[name], new = evaluate(pupil, tokenizer, held, world, config, **versus)
 
     # AFTER
     show_answers(new if fresh else old, new, say)
