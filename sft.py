@@ -56,7 +56,7 @@ class Config:
     quiet: bool = False       # print nothing
 
 
-# target: gold; for best_of and distill, gold beyond the control's and the teacher's; for pretrain, held-out loss
+# target: gold; for best_of and distill, what to add to the rival's gold; for pretrain, held-out loss
 MODES = {  #    init         data                  out            steps batch lr    optimiser target
     "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   4096, 1e-3, "adamw", 0.65),
     "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   4096, 1e-2, "adamw", 0.62),
