@@ -2,13 +2,13 @@
 
 Of two answers to a prompt x, y_w won and y_l lost. RLHF fits a reward to many such verdicts and maximises it
 on a leash to a frozen reference pi_ref. The best policy on that leash is known in closed form, so a policy
-tells its reward: r(x, y) = beta log pi(y|x)/pi_ref(y|x), up to a term in x alone. Put that into the likelihood
-of the verdicts, and two stages become one loss (Rafailov et al. 2023, 2305.18290, equation 7):
+tells its reward: r(x, y) = beta log pi(y|x)/pi_ref(y|x), up to a term in x alone. Put that into the verdicts'
+likelihood, and two stages become one loss (Rafailov et al. 2023, 2305.18290, equation 7):
 
     L = - log sigma( beta [ log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x) ] )
 
 By hand: pi gives y_w 0.03 where pi_ref gives 0.02, and y_l 0.15 where it gives 0.12. The log-ratios are 0.405
-and 0.223, their difference 0.182; at beta 0.1 the loss is 0.684, just below ln 2 = 0.693, where all runs start.
+and 0.223, their difference 0.182; at beta 0.1 the loss is 0.684, below ln 2 = 0.693, where each run starts.
 
     python dpo.py                   out/sft -> out/dpo on data/preferences.jsonl, 45 seconds on two cores
     python dpo.py --loss kto        another loss: the table LOSSES is a map of the family, not a ladder
@@ -65,64 +65,54 @@ class Config:
 # L = -log sigma(beta (w - l))                                Rafailov et al. 2023 (2305.18290), eq. 7
 def dpo(w, l, beta):
     return -F.logsigmoid(beta * (w - l))
-
 # L = (1 - e) dpo(w, l) + e dpo(l, w)                         Mitchell 2023, a note on DPO with noisy labels
 def cdpo(w, l, beta, noise):
     """Conservative: a share e of labels is wrong, so stop at the margin where sigma(beta (w - l)) = 1 - e."""
     return (1 - noise) * dpo(w, l, beta) + noise * dpo(l, w, beta)
-
 # L = [(1 - e) dpo(w, l) - e dpo(l, w)] / (1 - 2 e)           Chowdhury et al. 2024 (2403.00409)
 def robust(w, l, beta, noise):
     """Unbiased: its mean over labels flipped with probability e is the loss on the true labels."""
     return ((1 - noise) * dpo(w, l, beta) - noise * dpo(l, w, beta)) / (1 - 2 * noise)
-
 # L = (w - l - 1 / (2 beta))^2                                Azar et al. 2023 (2310.12036), eq. 17
 def ipo(w, l, beta):
     """A margin to reach and not to exceed, where DPO has no end. Sums, as in the paper; TRL averages w and l
     over the tokens of the answer, so that its beta has another scale."""
     return (w - l - 1 / (2 * beta)) ** 2
-
 # L = max(0, 1 - beta (w - l))                                SLiC: Zhao et al. 2023 (2305.10425); the form
 def slic(w, l, beta):                                       # with a reference: Liu et al. 2023 (2309.06657)
     return F.relu(1 - beta * (w - l))
-
 # L = 1 - sigma(beta w) + sigma(beta l)                       D'Oosterlinck et al. 2024 (2408.06266), eq. 7
 def apo_zero(w, l, beta):
     """Winners up, losers down, each by itself: for winners that are better than the model."""
     return 1 - torch.sigmoid(beta * w) + torch.sigmoid(beta * l)
-
 # L = sigma(beta w) + 1 - sigma(beta (w - l))                 the same, eq. 8
 def apo_down(w, l, beta):
     """Both down, losers more: for a model that is better than the winners."""
     return torch.sigmoid(beta * w) + 1 - torch.sigmoid(beta * (w - l))
-
 # L = (w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2             SPPO, Wu et al. 2024 (2405.00675), eq. 4.7, with
 def sppo(w, l, beta):                                     # eta = 1 / beta, P = 1 for winners and 0 for losers
     return (w - 1 / (2 * beta)) ** 2 + (l + 1 / (2 * beta)) ** 2
-
 # L = -log sigma(beta (w - l) - gamma)                        Meng et al. 2024 (2405.14734), eq. 6
 def simpo(w, l, beta, gamma):
     """The reward is the mean log-prob, which sampling follows: no reference, and no bias to length."""
     return -F.logsigmoid(beta * (w - l) - gamma)
-
 # L = -w - lambda log sigma(log odds(w) - log odds(l))        Hong et al. 2024 (2403.07691), eqs. 4, 6, 7
 def orpo(w, l, odds):                                       # odds(w) = e^w / (1 - e^w)
     """SFT on the winner, and odds against the loser. A certain answer (w = 0) would have infinite odds, so
     they end 1e-6 nats below that, at a million to one."""
     log_odds = [p - torch.log(-torch.expm1(p)) for p in (w.clamp(max=-1e-6), l.clamp(max=-1e-6))]
     return -w - odds * F.logsigmoid(log_odds[0] - log_odds[1])
-
 # L = 1 - sigma(beta (r - z)) if y is good, else lambda [1 - sigma(beta (z - r))]
 # z = max(0, mean_i log pi(y_j|x_i)/pi_ref(y_j|x_i)), j != i  Ethayarajh et al. 2024 (2402.01306), eq. 8
 def kto(r, mismatched, good, beta, aversion):
-    """For single answers, each good or bad; r are their log-ratios. z is the point of reference: KL(pi || pi_ref)
-    estimated on answers to other prompts, and not trained, or a batch could win by moving it."""
+    """For single answers, good or bad; r are their log-ratios. z is the point of reference: KL(pi || pi_ref),
+    estimated on answers to other prompts and not trained, or a batch could win by moving it."""
     z = mismatched.mean().clamp(min=0).detach()
-    return torch.where(good, 1 - torch.sigmoid(beta * (r - z)), aversion - aversion * torch.sigmoid(beta * (z - r)))
+    return torch.where(good, 1 - torch.sigmoid(beta * (r - z)), aversion * torch.sigmoid(beta * (r - z)))
 
-# A loss, the numbers of Config it uses, defaults for this world, and its place on the map's four axes: pairs of
-# answers, or single judgements; a reference model, or none; then, as in its paper: new answers of the policy, or
-# a fixed data set; verdicts of a reward model, or of people
+# A loss, the numbers of Config it uses, defaults for this world, and its place on the four axes of the map:
+# pairs or single judgements; a reference model or none; and in its paper, new answers of the policy or a fixed data
+# set; a reward model's verdicts or people's. --online and --rounds move each of them along the last two.
 Method = namedtuple("Method", "loss uses beta lr pairs reference online reward_model")
 LOSSES = {  #                     uses                  beta lr    pairs  refer. online reward model
     "dpo":      Method(dpo,      ("beta",),            0.1, 5e-4, True,  True,  False, False),
@@ -136,12 +126,11 @@ LOSSES = {  #                     uses                  beta lr    pairs  refer.
     "apo_zero": Method(apo_zero, ("beta",),            0.1, 5e-4, True,  True,  False, False),
     "apo_down": Method(apo_down, ("beta",),            0.1, 5e-4, True,  True,  False, False),
     "sppo":     Method(sppo,     ("beta",),            0.1, 5e-4, True,  True,  True,  True),
-}  # --online and --rounds move each of them along the last two
+}
 
 # ---------------------------------------------------------------- data
 # JSON lines -> rows: a prompt and two answers in token ids. Of a pair, the winner and the loser; of a single
-# judgement, the answer and (for KTO's z) one to another prompt. Then
-# good is False where `first` stands alone and was disliked; raw is the line of the file
+# judgement (good or not), the answer and, for KTO's z, one to another prompt. raw is the line of the file.
 Row = namedtuple("Row", "prompt first second good raw")
 
 def length(row):
@@ -156,7 +145,7 @@ def turns(text):
     return said if said[-1]["content"] else said[:-1]           # a last "Assistant:" asks for the answer
 
 def judgements(row):
-    """SEAM: your own format goes here. A row of JSON -> the prompt's messages, {True: liked, False: disliked}"""
+    """SEAM: your own format goes here. A row of JSON -> messages of the prompt, {True: liked, False: not}"""
     if "label" in row:
         prompt, answers = row["prompt"], {{True: True, False: False}[row["label"]]: row["completion"]}
     elif "prompt" in row:
@@ -188,13 +177,12 @@ def read_rows(config, tokenizer, context):
         if answers.get(True) == answers.get(False):
             raise UserError(f"{where}: chosen and rejected are the same")
         y = {good != config.flip: tokenizer.encode_ordinary(text) + end for good, text in answers.items()}
-        best, *rest = sorted(y, reverse=True)                   # the liked one first
-        x = render(tokenizer, messages, reply=True)[0]
-        rows[where] = Row(x, y[best], y[rest[0]] if rest else [], best, raw)
+        x, best = render(tokenizer, messages, reply=True)[0], max(y)
+        rows[where] = Row(x, y[best], y.get(False, []) if best else [], best, raw)
     long = [where for where, row in rows.items() if length(row) > context]
     if long and not config.drop:
-        raise UserError(f"{long[0]}: longer than the model's {context} tokens, like {len(long) - 1} other rows of "
-                        f"{len(rows)}: shorten them, or leave them out with --drop")
+        raise UserError(f"{long[0]}: longer than the model's {context} tokens, like {len(long) - 1} others "
+                        f"of {len(rows)} rows: shorten them, or leave them out with --drop")
     if long and not config.quiet:
         print(f"{len(long)} of {len(rows)} rows are left out, as they exceed the model's {context} tokens")
     return [row for row in rows.values() if length(row) <= context]
@@ -204,7 +192,7 @@ def singles(rows, context):
     rows = [one for row in rows for one in (row, row._replace(first=row.second, good=False)) if one.first]
     for i, row in enumerate(rows):
         others = (rows[j - len(rows)] for j in range(i + 1, i + len(rows)))
-        fits = (o.first for o in others if o.prompt != row.prompt and len(row.prompt) + len(o.first) <= context)
+        fits = (o.first for o in others if o.prompt != row.prompt and len(row.prompt + o.first) <= context)
         rows[i] = row._replace(second=next(fits, None))
         if not rows[i].second:
             raise UserError("--loss kto needs answers to several prompts")
@@ -220,18 +208,19 @@ def batches(rows, size, generator):
             yield order[g * size:(g + 1) * size]
 
 def answer_logps(model, tokenizer, rows):
-    """Both answers of each row in one pass. -> (B, 2) log pi(y|x) summed over y's tokens, (B, 2) their number"""
-    both = [(row.prompt, y) for row in rows for y in (row.first, row.second)]
+    """Both answers of each row in one pass. -> (B, 2) log pi(y|x), summed over tokens; (B, 2) their number"""
+    device, both = model.embed.weight.device, [(row.prompt, y) for row in rows for y in row[1:3]]
     ids = pad([x + y for x, y in both], special(tokenizer, PAD))            # (2B, T) x y_w, x y_l, x y_w, ...
     real = pad([[1] * len(x + y) for x, y in both], 0).bool()               # False at padding
     answer = pad([[0] * len(x) + [1] * len(y) for x, y in both], 0).bool()  # True at y and its end token
-    ids, real, answer = (t.to(model.embed.weight.device) for t in (ids, real, answer))
-    return token_logps(model, ids, real, answer).sum(1).view(-1, 2), answer.sum(1).view(-1, 2)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logps = token_logps(model, ids.to(device), real.to(device), answer.to(device))      # (2B, T)
+    return logps.sum(1).view(-1, 2), answer.sum(1).view(-1, 2).to(device)
 
 @torch.no_grad()
-def fixed_logps(model, tokenizer, rows):
-    """The first of these for many rows, without gradient."""
-    parts = [rows[i:i + 32] for i in range(0, len(rows), 32)]
+def fixed_logps(model, tokenizer, rows, size=32):
+    """The sums alone, for any number of rows and without gradient. -> (N, 2)"""
+    parts = [rows[i:i + size] for i in range(0, len(rows), size)]
     return torch.cat([answer_logps(model, tokenizer, part)[0] for part in parts])
 
 # ---------------------------------------------------------------- own answers as data
@@ -245,18 +234,18 @@ def load_judge(config):
 
     @torch.no_grad()
     def judge(raws, texts):
-        prompts, end = [render(tokenizer, judgements(raw)[0], reply=True)[0] for raw in raws], special(tokenizer, END)
-        ids = [x + tokenizer.encode_ordinary(text) + [end] for x, text in zip(prompts, texts)]
+        chats = [judgements(raw)[0] + [dict(role="assistant", content=text)] for raw, text in zip(raws, texts)]
+        ids = [ids[:len(ids) - loss[::-1].index(1)] for ids, loss in (render(tokenizer, c) for c in chats)]
         real = pad([[1] * len(row) for row in ids], 0).bool().to(config.device)
         scores = model(pad(ids, special(tokenizer, PAD)).to(config.device), real)       # (B, T)
-        return scores.gather(1, real.sum(1, keepdim=True) - 1)[:, 0].tolist()           # (B,) read at <|im_end|>
+        return scores.gather(1, real.sum(1, keepdim=True) - 1)[:, 0].tolist()           # (B,) at <|im_end|>
     return judge
 
 def own_pairs(model, tokenizer, rows, judge, config, generator):
     """Two answers of the model to each prompt; the judge says which won. Equals have nothing to teach."""
     drawn = sample(model, tokenizer, [row.prompt for row in rows], 2, config.max_new, generator=generator)
-    scores = torch.tensor([float(score) for score in judge([row.raw for row in rows for _ in "ab"], drawn.texts)])
-    scores = scores.masked_fill(~drawn.ended.cpu(), -torch.inf).tolist()                # endless is worst
+    verdicts = judge([row.raw for row in rows for _ in "ab"], drawn.texts)              # 2B, endless is worst
+    scores = [score if ended else -torch.inf for score, ended in zip(verdicts, drawn.ended)]
     y, pairs = [ids[mine].tolist() for ids, mine in zip(drawn.ids, drawn.answer)], []
     for row, a, b in zip(rows, range(0, len(y), 2), range(1, len(y), 2)):
         if scores[a] != scores[b] and y[a] != y[b]:
@@ -264,12 +253,13 @@ def own_pairs(model, tokenizer, rows, judge, config, generator):
             pairs.append(Row(row.prompt, y[won], y[lost], True, row.raw))
     return pairs
 
-def stream(model, reference, tokenizer, rows, judge, config, generator):
-    """For each batch its rows and log pi_ref of their answers. Offline is one round, on the rows of the file."""
+def stream(model, reference, tokenizer, rows, judge, config):
+    """For each batch its rows and log pi_ref of their answers. Offline is one round, on the file's rows."""
+    generator = torch.Generator().manual_seed(config.seed)
     method, needed = LOSSES[config.loss], config.steps * config.accumulate
     rounds = needed if config.online else config.rounds or 1
     for r in range(rounds):
-        count, fresh = needed * (r + 1) // rounds - needed * r // rounds, rows          # batches in this round
+        fresh, count = rows, needed * (r + 1) // rounds - needed * r // rounds          # batches this round
         if judge:
             picks = torch.randint(len(rows), (count * config.batch,), generator=generator)
             fresh = own_pairs(model, tokenizer, [rows[i] for i in picks], judge, config, generator)
@@ -280,42 +270,31 @@ def stream(model, reference, tokenizer, rows, judge, config, generator):
         plan, ref = [next(numbers) for _ in range(count)], torch.zeros(len(fresh), 2, device=config.device)
         if method.reference:                                    # it never changes, so once is enough
             used = list(dict.fromkeys(i for batch in plan for i in batch))
-            ref[used] = fixed_logps(reference, tokenizer, [fresh[i] for i in used])
+            ref[used] = fixed_logps(reference, tokenizer, [fresh[i] for i in used], config.batch)
         for batch in plan:
             yield [fresh[i] for i in batch], ref[batch]
 
 # ---------------------------------------------------------------- before and after
 
-def sides(values, good, pairs):
-    """(B, 2) -> winners' values, losers' values"""
-    return values.unbind(1) if pairs else (values[good, 0], values[~good, 0])
-
-def accuracy(w, l, pairs):
-    """How often the implicit reward agrees with the labels: a half at the start, as all log-ratios are 0."""
+def standing(values, good, pairs):
+    """(B, 2) -> means of winners and losers, and how often they are the right way round (ties count half)"""
+    w, l = values.unbind(1) if pairs else (values[good, 0], values[~good, 0])
     lead = w - l if pairs else torch.cat([w, -l])
-    return ((lead > 0).float() + (lead == 0).float() / 2).mean().item()
+    return w.mean().item(), l.mean().item(), ((lead > 0).float() + (lead == 0).float() / 2).mean().item()
 
 @torch.no_grad()
 def probe(model, reference, tokenizer, held, config):
-    """On held-out rows: log-probs of both sides, accuracy; of 48 sampled answers kl and, in our world, gold."""
+    """Of held-out rows: log-probs of both sides, accuracy; of sampled answers: kl and, in our world, gold"""
     pairs, good = LOSSES[config.loss].pairs, torch.tensor([row.good for row in held])
     pi, ref = (fixed_logps(m, tokenizer, held).cpu() for m in (model, reference))
-    chosen, rejected = sides(pi, good, pairs)
     drawn = sample(model, tokenizer, [row.prompt for row in held[:48]], 1, config.max_new,
                    generator=torch.Generator().manual_seed(config.seed))
-    kl = (drawn.logps - token_logps(reference, *drawn[:3])).sum(1).mean()               # nats an answer
-    found = dict(chosen=chosen.mean().item(), rejected=rejected.mean().item(), kl=kl.item())
+    kl = (drawn.logps - token_logps(reference, *drawn[:3])).sum(1).mean().item()        # nats an answer
+    found = dict(zip(("chosen", "rejected"), standing(pi, good, pairs)), kl=kl)
     if "slots" in held[0].raw:
         marks = [studybuddy.judge(row.raw, *x)["gold"] for row, *x in zip(held, drawn.texts, drawn.ended)]
         found["gold"] = sum(marks) / len(marks)
-    return found | dict(held_out=accuracy(*sides(pi - ref, good, pairs), pairs))
-
-def show_answers(before, after, say):
-    """Both answers to one prompt of each of four kinds."""
-    firsts = {row["kind"]: (row["prompt"], old, new) for (row, old), (_, new) in zip(before, after)}
-    for three in [*firsts.values()][:4]:
-        for name, text in zip(("prompt", "before", "after"), three):
-            say(f"{name:>8}  {' '.join(studybuddy.flat(text).split())[:70]}")
+    return found | {"held_out": standing(pi - ref, good, pairs)[2]}
 
 # ---------------------------------------------------------------- training
 
@@ -328,8 +307,7 @@ def losses_of(values, good, config):
 def fit(model, reference, tokenizer, rows, held, judge, config, log):
     method, device = LOSSES[config.loss], model.embed.weight.device
     optim = optimizer(model, config.lr)
-    generator = torch.Generator().manual_seed(config.seed)
-    feed = stream(model, reference, tokenizer, rows, judge, config, generator)
+    feed = stream(model, reference, tokenizer, rows, judge, config)
     try:
         for step in range(config.steps):
             for group in optim.param_groups:
@@ -338,27 +316,21 @@ def fit(model, reference, tokenizer, rows, held, judge, config, log):
                 found = probe(model, reference, tokenizer, held, config)
             for _ in range(config.accumulate):
                 # 1 batch
-                batch, ref = next(feed)                                                 # (B, 2)
+                batch, ref = next(feed)
                 good = torch.tensor([row.good for row in batch], device=device)         # (B,)
-
-                # 2 score: w and l of every pair (r and z of every single answer)
-                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                    logps, tokens = answer_logps(model, tokenizer, batch)               # (B, 2)
+                # 2 score: w and l of each pair (r and z of each single answer)
+                logps, tokens = answer_logps(model, tokenizer, batch)                   # (B, 2)
                 values = logps - ref if method.reference else logps / tokens            # (B, 2)
-
                 # 3 loss
                 loss = losses_of(values, good, config).mean()
                 (loss / config.accumulate).backward()
-
             # 4 step
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optim.step()
             optim.zero_grad()
-
-            # 5 log: of this batch, then of held-out rows
-            w, l = sides(values.detach(), good, method.pairs)
-            margin = config.beta * (w.mean() - l.mean())
-            log(step, loss=loss.item(), margin=margin.item(), accuracy=accuracy(w, l, method.pairs), **found)
+            # 5 log: the batch, then held-out rows
+            w, l, right = standing(values.detach(), good, method.pairs)
+            log(step, loss=loss.item(), margin=config.beta * (w - l), accuracy=right, **found)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
 
@@ -373,8 +345,7 @@ def train(config, judge=None):
         raise UserError(f"--noise {config.noise}: wrong labels are a share of 0 or more, and below 0.5")
     if config.rounds > config.steps:
         raise UserError(f"--rounds {config.rounds}: more than the {config.steps} steps")
-    if config.init == "out/sft":
-        need("out/sft", "python sft.py", 25)
+    need(config.init, "python sft.py", 25)
     model, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(model).requires_grad_(False)
     judge = (judge or load_judge(config)) if config.online or config.rounds else None
@@ -387,7 +358,9 @@ def train(config, judge=None):
         raise UserError(f"{config.data}: one row is held out, so at least 2 are needed")
     if not method.pairs:
         held, rows = (singles(part, model.config.max_len) for part in (held, rows))
-    world = all("slots" in row.raw for row in held)         # on your own data the exam would make no sense
+    world = all("slots" in row.raw for row in held)    # on your own data the exam would make no sense
+    if config.judge == "gold" and not world:
+        raise UserError(f"--judge gold knows only StudyBuddy's prompts, not those of {config.data}")
 
     # BEFORE
     say("one row; the loss looks at what stands between « and »")
@@ -408,12 +381,14 @@ def train(config, judge=None):
     # AFTER
     after = probe(model, reference, tokenizer, held, config)
     if after["chosen"] < before["chosen"]:
-        say(f"log-prob of chosen answers: {before['chosen']:.1f} -> {after['chosen']:.1f}. That it falls is known: the"
-            " loss sees only w - l,\nand what both answers share sinks with the rejected one (Razin et al. 2024)")
+        say(f"log-prob of chosen answers: {before['chosen']:.1f} -> {after['chosen']:.1f}. It is known to fall: "
+            "the loss sees\nonly w - l, and what both answers share sinks with the loser (Razin et al. 2024)")
     if world:
         card, new = studybuddy.exam(model, tokenizer, reference=reference, against=old, seed=config.seed)
         after |= card
-        show_answers(old, new, say)
+        for (row, was), (_, now) in [*zip(old, new)][::110]:
+            for name, text in ("prompt", row["prompt"]), ("before", was), ("after", now):
+                say(f"{name:>8}  {' '.join(studybuddy.flat(text).split())[:70]}")
     if not config.quiet:
         studybuddy.show({"before": before, "after": after})
     key = "gold" if world and config.data == Config.data and not config.flip else "held_out"

@@ -292,8 +292,8 @@ def test_reference_scores_each_row_once(folder, monkeypatch):
     model, reference, config = tiny(), tiny(1), dpo.Config(data=str(folder / "pairs.jsonl"), steps=40, batch=16)
     rows, scored = dpo.read_rows(config, TOKENIZER, 256), []
     real = dpo.fixed_logps
-    monkeypatch.setattr(dpo, "fixed_logps", lambda m, t, rows: scored.append((m, rows)) or real(m, t, rows))
-    for batch, ref in dpo.stream(model, reference, TOKENIZER, rows, None, config, torch.Generator().manual_seed(0)):
+    monkeypatch.setattr(dpo, "fixed_logps", lambda m, t, rows, *n: scored.append((m, rows)) or real(m, t, rows, *n))
+    for batch, ref in dpo.stream(model, reference, TOKENIZER, rows, None, config):
         pass
     (by, those), = scored
     assert by is reference and len(those) == len({(*r.prompt, *r.first) for r in those}) <= len(rows)
@@ -307,6 +307,14 @@ def test_single_answers(folder):
     assert run(folder, data=path, loss="kto")["after"]["held_out"] >= 0.9
 
 
+def quick(model, logit=1.5):
+    """Makes the answers of a random model end after some tokens."""
+    with torch.no_grad():
+        h = model.hidden(torch.randint(1000, (64, 9)))[:, -1].mean(0)
+        model.embed.weight[END] = logit * h / h.dot(h)
+    return model
+
+
 def test_own_pairs_follow_the_judge(folder):
     model = tiny()
     rows = [row(M.render(TOKENIZER, M.to_messages(t), reply=True)[0], [], []) for t in ("One?", "Two, or three?")] * 20
@@ -315,8 +323,7 @@ def test_own_pairs_follow_the_judge(folder):
     def judge(raws, texts):                                      # likes long answers
         asked.append((raws, texts))
         return [len(t) for t in texts]
-    with torch.no_grad():
-        model.embed.weight[END] += model.embed.weight.norm(dim=1).max() * model.norm.weight.sign() * 0.02   # some answers end
+    quick(model)
     for flip in (False, True):
         pairs = dpo.own_pairs(model, TOKENIZER, rows, judge, dpo.Config(max_new=30, flip=flip), torch.Generator().manual_seed(0))
         (raws, texts), = asked[-1:]
@@ -337,8 +344,9 @@ def test_rounds_and_online(folder, flags, calls):
     def judge(raws, texts):
         sizes.append(len(texts))
         return [sum(map(ord, t)) for t in texts]
-    dpo.train(dpo.Config(init=str(folder / "init"), data=str(folder / "pairs.jsonl"), save=False, quiet=True, steps=6, batch=8,
-                         max_new=40, **flags), judge=judge)
+    M.save(folder / "quick", quick(tiny()), TOKENIZER)
+    dpo.train(dpo.Config(init=str(folder / "quick"), data=str(folder / "pairs.jsonl"), save=False, quiet=True, steps=6,
+                         batch=8, max_new=60, **flags), judge=judge)
     assert len(sizes) == calls and sum(sizes) == 6 * 8 * 2
 
 
