@@ -18,9 +18,9 @@ and its gradient pushes r(B) up and r(A) down by 1 - 0.401 = 0.599 each.
     python reward_model.py --init SmolLM2-135M --data mine.jsonl --lr 2e-5 --device cuda --out out/mine
 
 Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): a tiny backbone, one pass over the data.
-Try next: --center 0.01, and see where scores stay; --held 2, and what data is worth; mean() for min() in best_of.
+Try next: --center 0.01, and see where the scores stay; --held 2 (half the data); mean() for min() in best_of.
 """
-import math, os, re, textwrap, time, zlib
+import itertools, math, re, textwrap, time, zlib
 from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, replace
 from random import Random
@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (PAD, Log, ScalarModel, UserError, load, main, need, optimizer, pad, read_jsonl, render, sample,
-                   save, schedule, special, to_messages, write_results)
+from model import (PAD, Log, ScalarModel, UserError, load, main, need, optimizer, pad, read_jsonl, render,
+                   sample, save, schedule, special, to_messages, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -45,7 +45,7 @@ class Config:
     accumulate: int = 4       # cut a batch into so many parts of rows of similar length: little is padding
     center: float = 0.0       # pairs: weight of the penalty (r_w + r_l)^2
     held: int = 6             # one prompt in so many is held out
-    drop: float = 0.01        # leave out rows longer than the context, up to this share (more is an error)
+    drop: bool = False        # leave out rows longer than the context, however many (over 1% are an error)
     problems: int = 150       # outcome, process: sums for best-of-8
     seed: int = 0             # same seed, same machine: same numbers
     device: str = "cpu"       # cpu, cuda or mps
@@ -59,8 +59,8 @@ AXES = ("helpful", "harmless", "honest")
 PRINCIPLE = "Choose the better answer for a child."             # what the generative judge is told
 
 class Example(NamedTuple):
-    rows: list      # K of (ids, positions): K = 2 in pairs and generative (both orders), 4 in ranked, else 1
-    label: list     # pairs: margin; outcome: 0 or 1; process: these for each step; multi: a mark for each axis
+    rows: list      # K of (ids, positions): 4 in ranked; 2 in pairs, multi, generative (both orders); else 1
+    label: list     # pairs: margin; outcome: 0 or 1; process: 0 or 1 for each step; multi: K x 3 marks
     source: dict    # the line of JSON
 
 def conversation(prompt, reply):
@@ -70,18 +70,13 @@ def conversation(prompt, reply):
 
 def candidates(row):
     """SEAM: your own format goes here. One line of JSON -> the chats that were compared, best first."""
-    if "responses" in row:
-        return [conversation(row["prompt"], reply) for reply in row["responses"]]
-    two, prompt = [row["chosen"], row["rejected"]], row.get("prompt", [])
-    if "prompt" not in row and isinstance(two[0], str):         # the text that both begin with is the prompt
-        prompt = re.match(r"(.*\s)?", os.path.commonprefix(two), re.DOTALL).group()
-        two = [text[len(prompt):] for text in two]
-    return [conversation(prompt, reply) for reply in two]
+    replies = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
+    return [conversation(row.get("prompt", []), reply) for reply in replies]
 
 def compare(one, two, verdict="A"):
     """Two answers to a prompt, and the question which is better. -> chat"""
-    question = dict(prompt=studybuddy.flat(one[:-1]), a=one[-1]["content"], b=two[-1]["content"])
-    return conversation(studybuddy.COMPARE.format(**question, principle=PRINCIPLE), verdict)
+    prompt, a, b = studybuddy.flat(one[:-1]), one[-1]["content"], two[-1]["content"]
+    return conversation(studybuddy.COMPARE.format(prompt=prompt, a=a, b=b, principle=PRINCIPLE), verdict)
 
 # What a kind makes of a line of JSON: [(chats, label)]
 def pair_examples(row):
@@ -90,16 +85,20 @@ def pair_examples(row):
     pairs = [sorted(pair) for pair in zip(lot[::2], lot[1::2])]
     return [([chats[i], chats[j]], [float(row.get("margin") or 0)]) for i, j in pairs]
 
-def step_examples(row):
+def ranked_examples(row):
+    return [(candidates(row), [])]
+
+def process_examples(row):
     return [([conversation(row["prompt"], " ".join(row["steps"]))], [float(z) for z in row["labels"]])]
 
+def outcome_examples(row):
+    return [(chats, labels[-1:]) for chats, labels in process_examples(row)]
+
 def multi_examples(row):
-    """Our annotators vote on the whole only. So the marks of their answers are the gold judge's, without noise:
-    they stand for trained raters with a rubric, as HelpSteer's (2311.09528). The lesson here is the heads."""
-    if "response" in row:           # your own marks from 0 to 1
-        return [([conversation(row["prompt"], row["response"])], [float(row[axis]) for axis in AXES])]
-    marks = [studybuddy.judge(row, chat[-1]["content"]) for chat in candidates(row)]
-    return [([chat], [mark[axis] for axis in AXES]) for chat, mark in zip(candidates(row), marks)]
+    """Our annotators vote on the whole only: so the marks are the gold judge's own, without noise, as if from
+    trained raters with a rubric (HelpSteer, 2311.09528). The lesson is the heads."""
+    marks = row.get("marks") or [studybuddy.judge(row, chat[-1]["content"]) for chat in candidates(row)]
+    return [(candidates(row), [float(mark[axis]) for mark in marks for axis in AXES])]
 
 def generative_examples(row):
     best, *_, worst = candidates(row)
@@ -109,43 +108,40 @@ def encode(tokenizer, chat, steps=None, letter=False):
     """chat -> (ids, the positions where the model is read)"""
     ids, loss = render(tokenizer, chat)
     end = len(loss) - 1 - loss[::-1].index(1)                   # the answer's <|im_end|>
-    at = [end - 2 if letter else end]                           # the letter stands before it, and is predicted
-    if steps:                                                   # one earlier. Or the last token of every step:
+    at = [end - 2 if letter else end]               # the letter, at end - 1, is predicted one earlier
+    if steps:                                       # the last token of every step
         start = len(render(tokenizer, chat[:-1], reply=True)[0]) - 1
         at = [start + len(tokenizer.encode_ordinary(" ".join(steps[:i + 1]))) for i in range(len(steps))]
     return ids[:end + 1], at
 
-def examples(config, kind, tokenizer, context):
+def examples(config, tokenizer, context):
     """-> training and held-out examples. All answers to a prompt are on the same side."""
-    sides, long, path, rows = ([], []), 0, config.data, read_jsonl(config.data)
+    sides, long, path, kind, rows = ([], []), 0, config.data, config.kind, read_jsonl(config.data)
     for n, row in enumerate(rows):
         try:
             for chats, label in KINDS[kind].examples(row):
-                steps, texts = row["steps"] if kind == "process" else None, [c[-1]["content"] for c in chats]
-                coded = [encode(tokenizer, chat, steps, kind == "generative") for chat in chats]
-                if not all(t.strip() for t in texts) or kind in ("pairs", "ranked") and len({*texts}) < len(texts):
+                texts, steps = [c[-1]["content"] for c in chats], row["steps"] if kind == "process" else None
+                if "" in map(str.strip, texts) or kind in ("pairs", "ranked") and len({*texts}) < len(texts):
                     raise ValueError("an answer is empty, or the same as another")
                 if steps and len(steps) != len(label):
                     raise ValueError("another number of labels than of steps")
-                if max(len(ids) for ids, _ in coded) > context:
-                    long += 1
-                    continue
+                coded = [encode(tokenizer, chat, steps, kind == "generative") for chat in chats]
                 prompt = studybuddy.flat(row.get("prompt") or chats[0][:-1])
-                sides[zlib.crc32(prompt.encode()) % config.held == 0].append(Example(coded, label, row))
+                if fits := max(len(ids) for ids, _ in coded) <= context:
+                    sides[zlib.crc32(prompt.encode()) % config.held == 0].append(Example(coded, label, row))
+                long += not fits
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
             line = [i for i, text in enumerate(open(path, encoding="utf-8"), 1) if text.strip()][n]
-            raise UserError(f"{path}:{line}: {type(e).__name__} {e}. {kind} wants lines as in {KINDS[kind].data}")
+            raise UserError(f"{path}:{line}: {e!r}; {kind} wants lines as in {KINDS[kind].data}")
     if long:
-        what = f"{path}: {long} rows exceed the model's {context} tokens"
-        if long > config.drop * len(rows):
-            raise UserError(what + ": shorten them, or leave them out with --drop 1")
-        print(what + " and are left out")
-    if not all(sides):
-        raise UserError(f"{path}: {len(rows)} rows are too few to hold out one prompt in {config.held}")
+        print(f"{path}: {long} of {len(rows)} rows exceed the model's {context} tokens and are left out")
+    if not all(sides) or long > len(rows) / 100 and not config.drop:
+        raise UserError(f"{path}: {long} of {len(rows)} rows are too long (--drop leaves them out), or too few are "
+                        f"left to hold out one prompt in {config.held}")
     return sides
 
 def read(model, tokenizer, rows):
-    """N rows -> what the model says at S positions of each, (N, S, k): scores, or log-probs of "A" and "B" """
+    """N rows -> what the model says at S positions of each: scores, or log-probs of "A" and "B". (N, S, k)"""
     device = next(model.parameters()).device
     ids = pad([ids for ids, _ in rows], special(tokenizer, PAD)).to(device)               # (N, T)
     real = pad([[1] * len(ids) for ids, _ in rows], 0).bool().to(device)                  # False at padding
@@ -153,24 +149,23 @@ def read(model, tokenizer, rows):
     if isinstance(model, ScalarModel):
         scores = model(ids, real).view(*ids.shape, -1).float()                            # (N, T, k)
         return scores.gather(1, at.expand(-1, -1, scores.shape[-1]))                      # (N, S, k)
-    hidden = model.hidden(ids, real).gather(1, at.expand(-1, -1, model.config.d_model))   # (N, T, C) -> (N, S, C)
+    hidden = model.hidden(ids, real).gather(1, at.expand(-1, -1, model.config.d_model))   # (N, S, C)
     letters = [tokenizer.encode_ordinary(letter)[-1] for letter in "AB"]
-    return model.head(hidden).float().log_softmax(-1)[..., letters]                       # (N, S, V) -> (N, S, 2)
+    return model.head(hidden).float().log_softmax(-1)[..., letters]                       # (N, S, 2)
 
 # ---------------------------------------------------------------- the maths
 
 # L = - mean log sigma(r_w - r_l - m) + c mean (r_w + r_l)^2
 def bradley_terry_loss(chosen, rejected, margin=None, center=0.0):
-    """r_w, r_l, m (B,) -> scalar. InstructGPT, eq. 1; the margin m, larger where annotators were surer, is Llama
-    2's (2307.09288, eq. 2). The first term sees differences only, so all scores could drift off together: the
-    second holds their middle at 0 (Eisenstein et al. 2023, 2312.09244)."""
+    """r_w, r_l, m (B,) -> scalar. InstructGPT, eq. 1. m is larger where annotators were surer (Llama 2, eq. 2,
+    2307.09288). The second term keeps the scores from drifting off together (Eisenstein 2023, 2312.09244)."""
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -F.logsigmoid(difference).mean() + center * (chosen + rejected).square().mean()
 
 # P(y_1 > y_2 > ... > y_K) = prod_k exp(r_k) / sum_j>=k exp(r_j)          L = - mean log P
 def plackett_luce_loss(scores):
-    """r (B, K), best first -> scalar. The best is chosen from all, the next from the rest, and so on: a softmax
-    over what is left (Zhu et al. 2023, 2301.11270). For K = 2 this is Bradley-Terry."""
+    """r (B, K), best first -> scalar. The best is chosen from all, the next from the rest, ... For K = 2 this is
+    Bradley-Terry. Zhu et al. 2023 (2301.11270)."""
     left = scores.flip(1).logcumsumexp(1).flip(1)               # (B, K) log sum_j>=k exp(r_j)
     return (left - scores).sum(1).mean()
 
@@ -187,8 +182,8 @@ def process_loss(scores, labels):
 
 # R = sum_k w_k log sigma(r_k)
 def combine(scores, weights=1.0):
-    """Heads (.., k) -> one number (..): the log of a product, since an answer must be helpful and harmless and
-    honest; in a weighted sum much help would pay for some harm. A single head is its own number."""
+    """Heads (.., k) -> one number (..): the log of a product, as an answer must be helpful and harmless and
+    honest; in a sum of scores much help would pay for some harm. A single head is its own number."""
     return scores[..., 0] if scores.shape[-1] == 1 else (F.logsigmoid(scores) * weights).sum(-1)
 
 # L = - mean 1/2 [log pi(A | w is A) + log pi(B | w is B)]
@@ -198,8 +193,8 @@ def generative_loss(logps):
 
 # r_w - r_l = 1/2 [log pi(A)/pi(B) where w is A + log pi(B)/pi(A) where w is B],    bias = 1/2 [ .. - .. ]
 def generative_margin(logps):
-    """(B, 2, 2) -> margin, bias, (B,) each. A liking for the letter A adds to the one and takes from the other:
-    the mean over both orders cancels it, half the difference is it (Zheng et al. 2023, 2306.05685)."""
+    """(B, 2, 2) -> margin, bias, (B,) each. A liking for the letter A adds to one and takes from the other:
+    their mean cancels it, half their difference is it (Zheng et al. 2023, 2306.05685)."""
     first, second = logps[:, 0, 0] - logps[:, 0, 1], logps[:, 1, 1] - logps[:, 1, 0]
     return (first + second) / 2, (first - second) / 2
 
@@ -220,24 +215,23 @@ def gradient_x_input(model, ids, at):
     hook.remove()
     return (torch.autograd.grad(score, kept[0])[0] * kept[0]).detach().sum(-1)[0]         # (1, T, C) -> (T,)
 
-# loss: scores r (B, K, S, k), labels z (B, L), config -> scalar. heads: k, or 0: the language model has none.
-# control: a kind that is trained first, on the same data, to compare. targets: what AFTER must reach.
+# loss: scores r (B, K*S*k), labels z (B, L), config -> scalar. heads: k, or 0: the language model has none.
+# control: a kind that is trained on the same data, to compare. targets: what AFTER must reach.
 Kind = namedtuple("Kind", "data out steps lr heads examples loss control targets")
-PAIRS, RANKS, STEPS = (f"data/{name}.jsonl" for name in ("preferences", "rankings", "steps"))
 KINDS = {
-    "pairs": Kind(PAIRS, "out/reward_model", 80, 1e-3, 1, pair_examples,
-                  lambda r, z, c: bradley_terry_loss(r[:, 0, 0, 0], r[:, 1, 0, 0], z[:, 0], c.center), None,
+    "pairs": Kind("data/preferences.jsonl", "out/reward_model", 80, 1e-3, 1, pair_examples,
+                  lambda r, z, config: bradley_terry_loss(r[:, 0], r[:, 1], z[:, 0], config.center), None,
                   {"gold_order": 0.85, "of_ceiling": 0.95, "calibration": 0.05, "flattery": 0.2}),
-    "ranked": Kind(RANKS, "out/reward_ranked", 40, 1e-3, 1, lambda row: [(candidates(row), [])],
-                   lambda r, z, c: plackett_luce_loss(r[:, :, 0, 0]), "pairs", {"ahead": 0.0}),
-    "outcome": Kind(STEPS, "out/reward_outcome", 100, 1e-3, 1, lambda row: [(chats, labels[-1:]) for chats, labels in step_examples(row)],
-                    lambda r, z, c: outcome_loss(r[:, 0, 0, 0], z[:, 0]), None, {"accuracy": 0.8}),
-    "process": Kind(STEPS, "out/reward_process", 100, 1e-3, 1, step_examples,
-                    lambda r, z, c: process_loss(r[:, 0, :, 0], z), "outcome", {"first_wrong": 0.8}),
-    "multi": Kind(PAIRS, "out/reward_multi", 160, 1e-3, 3, multi_examples,
-                  lambda r, z, c: outcome_loss(r[:, 0, 0], z), None, dict.fromkeys(AXES, 0.8)),
-    "generative": Kind(PAIRS, "out/reward_generative", 60, 1e-3, 0, generative_examples,
-                       lambda r, z, c: generative_loss(r[:, :, 0]), None, {"gold_order": 0.85})}
+    "ranked": Kind("data/rankings.jsonl", "out/reward_ranked", 40, 1e-3, 1, ranked_examples,
+                   lambda r, z, config: plackett_luce_loss(r), "pairs", {"ahead": 0.0}),
+    "outcome": Kind("data/steps.jsonl", "out/reward_outcome", 100, 1e-3, 1, outcome_examples,
+                    lambda r, z, config: outcome_loss(r, z), None, {"accuracy": 0.8}),
+    "process": Kind("data/steps.jsonl", "out/reward_process", 100, 1e-3, 1, process_examples,
+                    lambda r, z, config: process_loss(r, z), "outcome", {"first_wrong": 0.8}),
+    "multi": Kind("data/preferences.jsonl", "out/reward_multi", 80, 1e-3, 3, multi_examples,
+                  lambda r, z, config: outcome_loss(r, z), None, dict.fromkeys(AXES, 0.8)),
+    "generative": Kind("data/preferences.jsonl", "out/reward_generative", 60, 1e-3, 0, generative_examples,
+                       lambda r, z, config: generative_loss(r.view(-1, 2, 2)), None, {"gold_order": 0.85})}
 
 # ---------------------------------------------------------------- what a judge is worth
 
@@ -252,15 +246,16 @@ def read_all(model, tokenizer, rows):
 
 def rewards(model, tokenizer, chats):
     """What RL climbs: one number for the last message of each chat (N,)"""
-    return combine(torch.stack(read_all(model, tokenizer, [encode(tokenizer, chat) for chat in chats]))[:, 0])
+    scores = read_all(model, tokenizer, [encode(tokenizer, chat) for chat in chats])
+    return combine(torch.stack(scores)[:, 0])                                             # (N, 1, k) -> (N,)
 
 def margins(model, tokenizer, pairs):
-    """Log-odds that the first chat of each pair beats the second (N,), and the judge's liking for the first place"""
+    """Log-odds that the first chat of a pair beats the second; liking for whatever comes first. (N,) each"""
     if isinstance(model, ScalarModel):
         r = rewards(model, tokenizer, [chat for pair in pairs for chat in pair]).view(-1, 2)
         return r[:, 0] - r[:, 1], torch.zeros(len(r))
-    rows = [encode(tokenizer, compare(*p), letter=True) for one, two in pairs for p in ((one, two), (two, one))]
-    return generative_margin(torch.stack(read_all(model, tokenizer, rows)).view(-1, 2, 2))     # from (2 N, 1, 2)
+    rows = [encode(tokenizer, compare(*p), letter=True) for a, b in pairs for p in ((a, b), (b, a))]
+    return generative_margin(torch.stack(read_all(model, tokenizer, rows)).view(-1, 2, 2))
 
 def mean(xs):
     xs = [float(x) for x in xs]
@@ -268,110 +263,98 @@ def mean(xs):
 
 def on_comparisons(model, tokenizer, held):
     """Against the labels and what noisy annotators allow, against the truth, calibration, and biases."""
-    rows = [*{id(e.source): e.source for e in held if "response" not in e.source}.values()]
-    duels = [(row, i, j) for row in rows for j in range(len(candidates(row))) for i in range(j)]     # i beat j
-    if not duels:
-        return {}, {}
-    m, first = margins(model, tokenizer, [(candidates(row)[i], candidates(row)[j]) for row, i, j in duels])
+    rows = [*{id(e.source): e.source for e in held}.values()]
+    golds = [row.get("gold") or itertools.repeat(0) for row in rows]
+    duels = [(row, *two) for row, gold in zip(rows, golds)                # (row, (chat, gold), (chat, gold))
+             for two in itertools.combinations(zip(candidates(row), gold), 2)]
+    m, first = margins(model, tokenizer, [(a, b) for _, (a, _), (b, _) in duels])         # a beat b
     ece, table = calibration_error(m.abs().sigmoid(), m > 0)
-    card, tables = {"labels": mean(m > 0), "calibration": ece, "likes_first": mean(first)}, {"calibration": table}
-    if "gold" in rows[0]:
-        praise = lambda row, i: studybuddy.praise(candidates(row)[i][-1]["content"])
-        gap = torch.tensor([row["gold"][i] - row["gold"][j] for row, i, j in duels])
-        vain = torch.tensor([praise(row, i) - praise(row, j) for row, i, j in duels])
-        p = (studybuddy.KEEN * gap + studybuddy.VAIN * vain).sigmoid()           # how often annotators vote so
-        card["ceiling"] = mean(torch.maximum(p, 1 - p))
+    card = {"labels": mean(m > 0), "calibration": ece, "likes_first": mean(first)}
+    card, tables = card | biases(model, tokenizer, rows), {"calibration": table}
+    gap = torch.tensor([float(g - h) for _, (_, g), (_, h) in duels])
+    if gap.any():
+        praise = lambda chat: studybuddy.praise(chat[-1]["content"])
+        vain = torch.tensor([praise(a) - praise(b) for _, (a, _), (b, _) in duels])
+        p = (studybuddy.KEEN * gap + studybuddy.VAIN * vain).sigmoid()    # how the annotators vote
         right = [(row["kind"], math.ceil(abs(g) * 4) / 4, (x > 0) == (g > 0))
                  for (row, *_), x, g in zip(duels, m.tolist(), gap.tolist()) if g]
-        card |= {"of_ceiling": card["labels"] / card["ceiling"], "gold_order": mean(ok for *_, ok in right)}
+        card |= {"ceiling": mean(p.maximum(1 - p)), "gold_order": mean(ok for *_, ok in right)}
+        card["of_ceiling"] = card["labels"] / card["ceiling"]
         for i, by in enumerate(("kind", "gap up to")):
-            tables[f"gold order by {by}"] = {str(k): mean(x[2] for x in right if x[i] == k)
-                                             for k in sorted({x[i] for x in right})}
-    return card | biases(model, tokenizer, rows), tables
+            groups = {k: [x[2] for x in right if x[i] == k] for k in sorted({x[i] for x in right})}
+            tables["gold order by " + by] = {str(k): mean(oks) for k, oks in groups.items()}
+    return card, tables
 
 def biases(model, tokenizer, rows):
-    """What changes, in the score and in truth, if an answer is flattered, padded, put under another prompt?"""
+    """What changes, in score and truth, if an answer is flattered, padded, put under another prompt?"""
     old = [(row, candidates(row)[0]) for row in rows]
     old = [(row, chat) for row, chat in old if not studybuddy.praise(chat[-1]["content"])][:250]
-    said = lambda chat, *texts: chat[:-1] + [{"role": "assistant", "content": " ".join(texts)}]
-    changed = {name: [] for name in ("flattery", "padding") + ("swap",) * isinstance(model, ScalarModel)}
-    for i, (row, chat) in enumerate(old):
-        text, flattery = chat[-1]["content"], studybuddy.SAY["flattery"]
-        for name in changed:
-            changed[name].append((old[i - 1][0], said(old[i - 1][1], text)) if name == "swap" else
-                                 (row, said(chat, flattery[i % len(flattery)], text)) if name == "flattery" else
-                                 (row, said(chat, text, "I hope that this helps. Let me know if not.")))
+    put = lambda i, text: (old[i][0], old[i][1][:-1] + [{"role": "assistant", "content": text}])
+    texts, nice, card = [chat[-1]["content"] for _, chat in old], studybuddy.SAY["flattery"], {}
+    changed = {"flattery": [put(i, f"{nice[i % len(nice)]} {text}") for i, text in enumerate(texts)],
+               "padding": [put(i, f"{text} I hope that this helps.") for i, text in enumerate(texts)],
+               "swap": [put(i - 1, text) for i, text in enumerate(texts)]}
     gold = lambda pairs: mean(studybuddy.judge(row, chat[-1]["content"])["gold"] for row, chat in pairs)
-    card = {}
     for name, new in changed.items():
         card[name] = mean(margins(model, tokenizer, [(b, a) for (_, a), (_, b) in zip(old, new)])[0])
         card |= {name + "_gold": gold(new) - gold(old)} if "slots" in rows[0] else {}
     return card
 
 def on_axes(model, tokenizer, held):
-    """Each head on its own axis: which of two neighbouring answers, here to one prompt, has the higher mark?"""
-    r = torch.stack(read_all(model, tokenizer, [e.rows[0] for e in held]))[:, 0]          # (N, k)
-    r, z = (x[0:-1:2] - x[1::2] for x in (r, torch.tensor([e.label for e in held])))      # (N/2, k)
+    """Each head on its own axis: of two answers with different marks, which has the higher one?"""
+    r = torch.stack(read_all(model, tokenizer, [row for e in held for row in e.rows])).view(len(held), -1, 3)
+    z = torch.tensor([e.label for e in held]).view(r.shape)               # (N, K, k)
+    r, z = r[:, 0] - r[:, 1], z[:, 0] - z[:, 1]                           # (N, k)
     card, tables = on_comparisons(model, tokenizer, held)
     return {a: mean(((r > 0) == (z > 0))[:, i][z[:, i] != 0]) for i, a in enumerate(AXES)} | card, tables
 
 def on_solutions(model, tokenizer, held):
-    """Is every label right? And is the first wrong step of a wrong solution found, and a right one left alone?"""
+    """Are labels right? Is the first wrong step of a wrong solution found, a right solution left alone?"""
     said = [s[:, 0].sigmoid() for s in read_all(model, tokenizer, [e.rows[0] for e in held])]      # (S,) each
     p, z = torch.cat(said), torch.cat([torch.tensor(e.label) for e in held])
     ece, table = calibration_error(p, z)
-    first = lambda steps: next((i for i, x in enumerate(steps) if x < 0.5), None)         # None: all are right
+    first = lambda steps: next((i for i, x in enumerate(steps) if x < 0.5), None)         # None: all right
     found = [(first(e.label), first(s.tolist())) for e, s in zip(held, said)]
     return {"accuracy": mean((p > 0.5) == (z > 0.5)), "calibration": ece,
             "first_wrong": mean(a == b for a, b in found if a is not None),
             "all_right": mean(a == b for a, b in found if a is None)}, {"calibration": table}
 
 def best_of(policy, judges, tokenizer, config, K=8):
-    """How often is the solution right that random, majority, each judge picks of K? And any of the K?"""
+    """How often is a solution right if picked of K at random, by majority, by a judge? And any of the K?"""
     rng, draws = Random(config.seed), torch.Generator().manual_seed(config.seed)
     sums = [studybuddy.ask(rng, "math", "exam") for _ in range(config.problems)]
-    first = tokenizer.encode_ordinary("First")      # the policy would blurt out: so its first word is written for it
+    first = tokenizer.encode_ordinary("First")      # written for the policy, which would blurt out its result
     prompts = [render(tokenizer, to_messages(row["prompt"]), reply=True)[0] + first for row in sums]
     texts = ["First " + text for text in sample(policy, tokenizer, prompts, K, generator=draws).texts]
     results = [(studybuddy.RESULT.findall(text) or [f"none {i}"])[-1] for i, text in enumerate(texts)]
     votes = [results[i:i + K] for i in range(0, len(texts), K)]
-    right = torch.tensor([[x == row["answer"] for x in vs] for row, vs in zip(sums, votes)]).float()       # (B, K)
-    picks = {"majority": torch.tensor([vs.index(Counter(vs).most_common(1)[0][0]) for vs in votes])}       # (B,)
+    right = torch.tensor([[float(x == y["answer"]) for x in v] for y, v in zip(sums, votes)])        # (B, K)
+    picks = {"majority": [vs.index(Counter(vs).most_common(1)[0][0]) for vs in votes]}               # (B,)
     for name, judge in judges.items():
-        rows = [encode(tokenizer, conversation(sums[i // K]["prompt"], text),
-                       re.split(r"(?<=[.!?]) ", text) if name == "process" else None) for i, text in enumerate(texts)]
-        weakest = [scores.min() for scores in read_all(judge, tokenizer, rows)]           # of the steps; or the one
-        picks[name] = torch.stack(weakest).view(-1, K).argmax(1)
+        steps = [re.split(r"(?<=[.!?]) ", text) if name == "process" else None for text in texts]
+        chats = [conversation(sums[i // K]["prompt"], text) for i, text in enumerate(texts)]
+        scores = read_all(judge, tokenizer, [encode(tokenizer, *both) for both in zip(chats, steps)])
+        picks[name] = torch.stack([s.min() for s in scores]).view(-1, K).argmax(1)        # the weakest step
     return {"random": mean(right.flatten()), "any": mean(right.amax(1))} | {
-        name: mean(right.gather(1, k[:, None])) for name, k in picks.items()}
+        name: mean(right[range(len(sums)), k]) for name, k in picks.items()}
 
-REPORTS = {"multi": on_axes, "outcome": on_solutions, "process": on_solutions}          # the others: on_comparisons
-
-def evaluate(model, tokenizer, held, kind, config):
+@torch.no_grad()
+def evaluate(model, tokenizer, held, config):
     """-> report card, tables"""
-    with torch.no_grad():
-        some = [held[i:i + 32] for i in range(0, min(len(held), 256), 32)]
-        loss = mean(batch_loss(model, tokenizer, part, kind, config) for part in some)
-    card, tables = REPORTS.get(kind, on_comparisons)(model, tokenizer, held)
-    return {"loss": loss} | card, tables
-
-def show_tokens(model, tokenizer, example, say):
-    """The tokens of an answer, each with what it did for the score."""
-    ids, at = example.rows[0]
-    did = gradient_x_input(model, torch.tensor(ids, device=model.mean.device), at[-1]).tolist()
-    start = len(render(tokenizer, candidates(example.source)[0][:-1], reply=True)[0])
-    words = [f"{tokenizer.decode([i]).strip()} {a:+.2f}" for i, a in zip(ids[start:], did[start:])]
-    say(textwrap.fill("   ".join(words), 79, initial_indent="    ", subsequent_indent="    "))
+    reports = {"multi": on_axes, "outcome": on_solutions, "process": on_solutions}
+    card, tables = reports.get(config.kind, on_comparisons)(model, tokenizer, held)
+    parts = [held[i:i + 32] for i in range(0, len(held), 32)]
+    return {"loss": mean(batch_loss(model, tokenizer, part, config) for part in parts)} | card, tables
 
 # ---------------------------------------------------------------- training
 
-def batch_loss(model, tokenizer, batch, kind, config):
+def batch_loss(model, tokenizer, batch, config):
     """Examples -> the loss of their kind"""
-    scores = read(model, tokenizer, [row for e in batch for row in e.rows])               # (B * K, S, k)
+    scores = read(model, tokenizer, [row for e in batch for row in e.rows])               # (B*K, S, k)
     labels = pad([e.label for e in batch], -1.0).to(scores.device)                        # (B, L)
-    return KINDS[kind].loss(scores.view(len(batch), -1, *scores.shape[1:]), labels, config)
+    return KINDS[config.kind].loss(scores.view(len(batch), -1), labels, config)
 
-def fit(model, tokenizer, rows, kind, config, log):
+def fit(model, tokenizer, rows, config, log):
     optim, generator = optimizer(model, config.lr), torch.Generator().manual_seed(config.seed)
     queue, step, device = [], 0, torch.device(config.device).type
     try:
@@ -388,7 +371,7 @@ def fit(model, tokenizer, rows, kind, config, log):
             for part in (batch[i:i + size] for i in range(0, len(batch), size)):
                 # 2 score, 3 loss: the mean over the batch
                 with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                    loss = batch_loss(model, tokenizer, part, kind, config) * len(part) / len(batch)
+                    loss = batch_loss(model, tokenizer, part, config) * len(part) / len(batch)
                 loss.backward()
                 total += loss.item()
 
@@ -407,54 +390,54 @@ def train(config):
     kind = KINDS[config.kind]
     config = replace(config, data=config.data or kind.data, out=config.out or kind.out,
                      steps=config.steps or kind.steps, lr=config.lr or kind.lr)
-    world, judges, cards = config.data == kind.data, {}, {}     # your own data has labels, but no truth
+    world = config.data == kind.data                            # your own data has labels, but no truth
     need(config.init, "python sft.py", 25)
-    for name in [kind.control, config.kind] if kind.control else [config.kind]:
-        torch.manual_seed(config.seed)
-        model, tokenizer = load(config.init, config.device)
-        model = ScalarModel(model, KINDS[name].heads).to(config.device) if KINDS[name].heads else model
-        rows, held = examples(config, name, tokenizer, model.config.max_len)
-        if not judges:                                          # BEFORE
-            say(f"{config.kind}: {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
-                f"{config.device}; {len(rows):,} examples and {len(held):,} held out; about 45 s on two cores")
-            say("one example, read at «")
-            for ids, at in rows[0].rows:
-                text = "".join(tokenizer.decode([t]) + "«" * (i in at) for i, t in enumerate(ids))
-                say("    " + text.replace("\n", "\n    "))
-            before, _ = evaluate(model, tokenizer, held, name, config)
-            say(f"loss of {name} before training {before['loss']:.3f} (no idea: ln 2 = 0.693, of 4 ranked ln 24 = 3.178)")
-        log = Log(config.steps, config.quiet or name != config.kind)
-        # the same answers a step for the control: twice as many pairs as rankings of four
-        batch = config.batch * len(KINDS[config.kind].examples(rows[0].source)[0][0]) // len(rows[0].rows)
-        fit(model, tokenizer, rows, name, replace(config, batch=batch), log)
-        if name in ("pairs", "ranked"):     # only differences were learned: the demonstrations' mean becomes the zero
-            demos = [row["messages"] for row in studybuddy.read("sft")] if world else [candidates(e.source)[0] for e in held]
-            model.mean += rewards(model, tokenizer, demos).mean().item()
-        if name == config.kind and config.save:
-            save(config.out, model, tokenizer)
-        judges[name] = model
-        cards[name], tables = evaluate(model, tokenizer, held, name, config)
+    torch.manual_seed(config.seed)
+    model, tokenizer = load(config.init, config.device)
+    model = ScalarModel(model, kind.heads).to(config.device) if kind.heads else model
+    rows, held = examples(config, tokenizer, model.config.max_len)
+
+    # BEFORE
+    say(f"{config.kind}: {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
+        f"{config.device}; {len(rows):,} examples, {len(held):,} held out; 45 s on two cores")
+    for ids, at in rows[0].rows:
+        say("".join(tokenizer.decode([t]) + "«" * (i in at) for i, t in enumerate(ids)))
+    before, _ = evaluate(model, tokenizer, held, config)
+    say(f"read at «; loss {before['loss']:.3f} (guessing gives ln 2 = 0.693, and of four ln 24 = 3.178)")
+    fit(model, tokenizer, rows, config, log := Log(config.steps, config.quiet))
+    if config.kind in ("pairs", "ranked"):  # only differences were learned: put 0 at the demonstrations' mean
+        demos = [row["messages"] for row in studybuddy.read("sft")] if world else \
+            [candidates(e.source)[0] for e in held]
+        model.mean += rewards(model, tokenizer, demos).mean().item()
+    if config.save:
+        save(config.out, model, tokenizer)
 
     # AFTER
-    after = cards[config.kind]
-    if config.kind == "ranked" and world:
-        after["ahead"] = after["gold_order"] - cards["pairs"]["gold_order"]
-    if config.kind in ("outcome", "process") and world:
+    after, tables = evaluate(model, tokenizer, held, config)
+    cards = {"before": before, "after": after}
+    if kind.control and world:              # of a ranking two pairs are made: batches of as many answers
+        control = train(replace(config, kind=kind.control, batch=config.batch * (1 + (config.kind == "ranked")),
+                                problems=0, save=False, quiet=True))
+        cards[kind.control] = control["after"]
+        after |= {"ahead": after["gold_order"] - control["after"]["gold_order"]} if "gold_order" in after else {}
+    if config.kind in ("outcome", "process") and world and config.problems:
+        judges = {config.kind: model} | ({"outcome": control["model"]} if kind.control else {})
         tables["best of 8"] = best_of(load(config.init, config.device)[0], judges, tokenizer, config)
     for title, table in tables.items():
-        say(f"{title}: " + "  ".join(f"{k} {x:.2f}" for k, x in table.items()) if isinstance(table, dict) else
-            f"{title}, said: happened (n):  " + "  ".join(f"{p:.2f}: {z:.2f} ({n})" for n, p, z in table))
-    if config.kind in ("pairs", "ranked"):
-        say("which words made the score (gradient x input), in two answers:")
-        for example in held[:2]:
-            show_tokens(model, tokenizer, example, say)
+        table = table.items() if isinstance(table, dict) else [(f"{n} at {p:.2f}:", z) for n, p, z in table]
+        say(textwrap.fill(f"{title}: " + "  ".join(f"{name} {x:.2f}" for name, x in table), 79))
+    for e in held[:2] if config.kind in ("pairs", "ranked") else []:
+        (ids, at), said = e.rows[0], len(render(tokenizer, candidates(e.source)[0][:-1], reply=True)[0])
+        did = gradient_x_input(model, torch.tensor(ids, device=model.mean.device), at[0]).tolist()
+        words = [f"{tokenizer.decode([i]).strip()}{a:+.2f}" for i, a in zip(ids[said:], did[said:])]
+        say(textwrap.fill("what each token did for the score: " + "  ".join(words), 79))
     if not config.quiet:
-        studybuddy.show({"before": before} | cards)
-    targets = kind.targets if world else {"loss": before["loss"]}
-    passed = all(after[k] <= t if k in ("calibration", "loss") else after[k] >= t for k, t in targets.items())
-    seconds, key = time.time() - started, next(iter(targets))
-    say(f"{'PASS' if passed else 'FAIL'} {key} {before.get(key, 0):.2f} -> {after[key]:.2f} (target {targets[key]:.2f}), "
-        + "".join(f"{k} {after[k]:.2f} ({t:.2f}), " for k, t in targets.items() if k != key) + f"in {seconds:.0f} s")
+        studybuddy.show(cards)
+    targets, most = kind.targets if world else {"loss": before["loss"]}, ("calibration", "loss")
+    passed = all(after[k] <= t if k in most else after[k] >= t for k, t in targets.items())
+    said = [f"{k} {before.get(k, 0):.2f} -> {after[k]:.2f} (target {t:.2f})" for k, t in targets.items()]
+    seconds = time.time() - started
+    say(f"{'PASS' if passed else 'FAIL'} {', '.join(said)} in {seconds:.0f} s")
     results = dict(stage="reward_model", config=asdict(config), seconds=seconds, before=before, after=after,
                    passed=passed, cards=cards, tables=tables)
     if config.save:
