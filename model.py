@@ -610,8 +610,8 @@ def parse(Config, doc, argv=None):
     for field in dataclasses.fields(Config):
         kind, text = type(field.default), f"{comments.get(field.name, '')} ({field.default})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
-                            help=text.replace("%", "%%"), **how)
+        names = {"--" + field.name: 0, "--" + field.name.replace("_", "-"): 0}        # --best_of, --best-of
+        parser.add_argument(*names, default=field.default, help=text.replace("%", "%%"), **how)
     return Config(**vars(parser.parse_args(argv)))
 
 def main(Config, train, doc):
@@ -636,7 +636,8 @@ class Log:
         if len(self.rows) == 1:
             print(" step" + "".join(f"{name[:9]:>10}" for name in names))
         if step % math.ceil(self.steps / 19) == 0 or step == self.steps - 1:
-            print(f"{live}{step:5}" + "".join(f"{self.rows[-1][name]:10.4g}" for name in names), flush=True)
+            shown = (self.rows[-1][name] for name in names)
+            print(f"{live}{step:5}" + "".join(f"{x:10.0f}" if abs(x) >= 1000 else f"{x:10.4f}" for x in shown), flush=True)
         elif live:
             left = (time.time() - self.begin) / len(self.rows) * (self.steps - step - 1)
             print(f"{live}{step:5}  {left:.0f} s left ", end="", flush=True)

@@ -9,7 +9,7 @@ not write. It gives the model a voice; that one answer is better than another it
 
     python sft.py                      data/base -> out/sft: learn the demonstrations
     python sft.py --lora 8             the same with rank-8 adapters on frozen weights -> out/lora
-    python sft.py --best-of 8          rejection sampling: learn the best of 8 own answers -> out/best_of
+    python sft.py --best_of 8          rejection sampling: learn the best of 8 own answers -> out/best_of
     python sft.py --teacher out/dpo    distillation: learn another model's answers -> out/distill
     python sft.py --pretrain           data/web.txt -> out/base: how data/base was made, 10 minutes
     python sft.py --init SmolLM2-135M --data mine.jsonl --lr 2e-5 --device cuda --out out/mine
@@ -62,7 +62,7 @@ MODES = {  #    init         data                  out            steps batch lr
     "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   4096, 1e-2, "adamw", 0.62),
     "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   4096, 5e-4, "adamw", 0.05),
     "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  4096, 1e-3, "adamw", -.05),
-    "pretrain": ("",          "data/web.txt",       "out/base",    1800, 4096, 2e-2, "muon",  0.60),
+    "pretrain": ("",          "data/web.txt",       "out/base",    9000, 1024, 5e-3, "muon",  0.50),
 }
 
 
