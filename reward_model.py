@@ -85,14 +85,8 @@ def pair_examples(row):
     pairs = [sorted(pair) for pair in zip(lot[::2], lot[1::2])]
     return [([chats[i], chats[j]], [float(row.get("margin") or 0)]) for i, j in pairs]
 
-def ranked_examples(row):
-    return [(candidates(row), [])]
-
-def process_examples(row):
+def step_examples(row):
     return [([conversation(row["prompt"], " ".join(row["steps"]))], [float(z) for z in row["labels"]])]
-
-def outcome_examples(row):
-    return [(chats, labels[-1:]) for chats, labels in process_examples(row)]
 
 def multi_examples(row):
     """Our annotators vote on the whole only: so the marks are the gold judge's own, without noise, as if from
@@ -104,40 +98,45 @@ def generative_examples(row):
     best, *_, worst = candidates(row)
     return [([compare(best, worst, "A"), compare(worst, best, "B")], [])]
 
-def encode(tokenizer, chat, steps=None, letter=False):
+def encode(tokenizer, chat, kind="pairs", steps=()):
     """chat -> (ids, the positions where the model is read)"""
     ids, loss = render(tokenizer, chat)
     end = len(loss) - 1 - loss[::-1].index(1)                   # the answer's <|im_end|>
-    at = [end - 2 if letter else end]               # the letter, at end - 1, is predicted one earlier
-    if steps:                                       # the last token of every step
-        start = len(render(tokenizer, chat[:-1], reply=True)[0]) - 1
-        at = [start + len(tokenizer.encode_ordinary(" ".join(steps[:i + 1]))) for i in range(len(steps))]
-    return ids[:end + 1], at
+    start = len(render(tokenizer, chat[:-1], reply=True)[0])    # its first token
+    if kind == "generative":
+        return ids[:end + 1], [start - 1]                       # where "A" or "B" is predicted
+    if kind == "process":                                       # the last token of every step
+        lengths = [len(tokenizer.encode_ordinary(" ".join(steps[:i + 1]))) for i in range(len(steps))]
+        return ids[:end + 1], [start + length - 1 for length in lengths]
+    return ids[:end + 1], [end]
 
 def examples(config, tokenizer, context):
     """-> training and held-out examples. All answers to a prompt are on the same side."""
-    sides, long, path, kind, rows = ([], []), 0, config.data, config.kind, read_jsonl(config.data)
+    sides, long, kind, path, rows = ([], []), 0, config.kind, config.data, read_jsonl(config.data)
     for n, row in enumerate(rows):
         try:
             for chats, label in KINDS[kind].examples(row):
-                texts, steps = [c[-1]["content"] for c in chats], row["steps"] if kind == "process" else None
+                texts, prompt = [c[-1]["content"] for c in chats], row.get("prompt") or chats[0][:-1]
                 if "" in map(str.strip, texts) or kind in ("pairs", "ranked") and len({*texts}) < len(texts):
                     raise ValueError("an answer is empty, or the same as another")
-                if steps and len(steps) != len(label):
+                if kind == "process" and len(row["steps"]) != len(label):
                     raise ValueError("another number of labels than of steps")
-                coded = [encode(tokenizer, chat, steps, kind == "generative") for chat in chats]
-                prompt = studybuddy.flat(row.get("prompt") or chats[0][:-1])
-                if fits := max(len(ids) for ids, _ in coded) <= context:
-                    sides[zlib.crc32(prompt.encode()) % config.held == 0].append(Example(coded, label, row))
-                long += not fits
+                coded = [encode(tokenizer, chat, kind, row.get("steps")) for chat in chats]
+                if max(len(ids) for ids, _ in coded) > context:
+                    long += 1
+                else:
+                    side = sides[zlib.crc32(studybuddy.flat(prompt).encode()) % config.held == 0]
+                    side.append(Example(coded, label, row))
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
             line = [i for i, text in enumerate(open(path, encoding="utf-8"), 1) if text.strip()][n]
-            raise UserError(f"{path}:{line}: {e!r}; {kind} wants lines as in {KINDS[kind].data}")
+            raise UserError(f"{path}:{line}: {e!r}; {kind} wants lines as in data/{KINDS[kind].data}.jsonl")
     if long:
         print(f"{path}: {long} of {len(rows)} rows exceed the model's {context} tokens and are left out")
     if not all(sides) or long > len(rows) / 100 and not config.drop:
-        raise UserError(f"{path}: {long} of {len(rows)} rows are too long (--drop leaves them out), or too few are "
-                        f"left to hold out one prompt in {config.held}")
+        raise UserError(f"{path}: {long} of {len(rows)} rows are too long (--drop leaves them out), or there "
+                        f"are too few to hold out one prompt in {config.held}")
+    if len({len(e.rows) for e in sides[0] + sides[1]}) > 1:
+        raise UserError(f"{path}: some lines compare more answers than others")
     return sides
 
 def read(model, tokenizer, rows):
@@ -157,15 +156,15 @@ def read(model, tokenizer, rows):
 
 # L = - mean log sigma(r_w - r_l - m) + c mean (r_w + r_l)^2
 def bradley_terry_loss(chosen, rejected, margin=None, center=0.0):
-    """r_w, r_l, m (B,) -> scalar. InstructGPT, eq. 1. m is larger where annotators were surer (Llama 2, eq. 2,
-    2307.09288). The second term keeps the scores from drifting off together (Eisenstein 2023, 2312.09244)."""
+    """r_w, r_l, m (B,) -> scalar. InstructGPT, eq. 1. m is larger where annotators were surer (Llama 2,
+    2307.09288, eq. 2). The second term keeps scores from drifting off together (Eisenstein 2023, 2312.09244)."""
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -F.logsigmoid(difference).mean() + center * (chosen + rejected).square().mean()
 
 # P(y_1 > y_2 > ... > y_K) = prod_k exp(r_k) / sum_j>=k exp(r_j)          L = - mean log P
 def plackett_luce_loss(scores):
-    """r (B, K), best first -> scalar. The best is chosen from all, the next from the rest, ... For K = 2 this is
-    Bradley-Terry. Zhu et al. 2023 (2301.11270)."""
+    """r (B, K), best first -> scalar. The best is chosen from all, the next from the rest, and so on (Zhu et
+    al. 2023, 2301.11270). For K = 2 this is Bradley-Terry."""
     left = scores.flip(1).logcumsumexp(1).flip(1)               # (B, K) log sum_j>=k exp(r_j)
     return (left - scores).sum(1).mean()
 
@@ -219,18 +218,19 @@ def gradient_x_input(model, ids, at):
 # control: a kind that is trained on the same data, to compare. targets: what AFTER must reach.
 Kind = namedtuple("Kind", "data out steps lr heads examples loss control targets")
 KINDS = {
-    "pairs": Kind("data/preferences.jsonl", "out/reward_model", 80, 1e-3, 1, pair_examples,
+    "pairs": Kind("preferences", "reward_model", 80, 1e-3, 1, pair_examples,
                   lambda r, z, config: bradley_terry_loss(r[:, 0], r[:, 1], z[:, 0], config.center), None,
                   {"gold_order": 0.85, "of_ceiling": 0.95, "calibration": 0.05, "flattery": 0.2}),
-    "ranked": Kind("data/rankings.jsonl", "out/reward_ranked", 40, 1e-3, 1, ranked_examples,
+    "ranked": Kind("rankings", "reward_ranked", 40, 1e-3, 1, lambda row: [(candidates(row), [])],
                    lambda r, z, config: plackett_luce_loss(r), "pairs", {"ahead": 0.0}),
-    "outcome": Kind("data/steps.jsonl", "out/reward_outcome", 100, 1e-3, 1, outcome_examples,
+    "outcome": Kind("steps", "reward_outcome", 100, 1e-3, 1,
+                    lambda row: [(chats, labels[-1:]) for chats, labels in step_examples(row)],
                     lambda r, z, config: outcome_loss(r, z), None, {"accuracy": 0.8}),
-    "process": Kind("data/steps.jsonl", "out/reward_process", 100, 1e-3, 1, process_examples,
+    "process": Kind("steps", "reward_process", 100, 1e-3, 1, step_examples,
                     lambda r, z, config: process_loss(r, z), "outcome", {"first_wrong": 0.8}),
-    "multi": Kind("data/preferences.jsonl", "out/reward_multi", 80, 1e-3, 3, multi_examples,
+    "multi": Kind("preferences", "reward_multi", 80, 1e-3, 3, multi_examples,
                   lambda r, z, config: outcome_loss(r, z), None, dict.fromkeys(AXES, 0.8)),
-    "generative": Kind("data/preferences.jsonl", "out/reward_generative", 60, 1e-3, 0, generative_examples,
+    "generative": Kind("preferences", "reward_generative", 60, 1e-3, 0, generative_examples,
                        lambda r, z, config: generative_loss(r.view(-1, 2, 2)), None, {"gold_order": 0.85})}
 
 # ---------------------------------------------------------------- what a judge is worth
@@ -254,7 +254,7 @@ def margins(model, tokenizer, pairs):
     if isinstance(model, ScalarModel):
         r = rewards(model, tokenizer, [chat for pair in pairs for chat in pair]).view(-1, 2)
         return r[:, 0] - r[:, 1], torch.zeros(len(r))
-    rows = [encode(tokenizer, compare(*p), letter=True) for a, b in pairs for p in ((a, b), (b, a))]
+    rows = [encode(tokenizer, compare(*p), "generative") for a, b in pairs for p in ((a, b), (b, a))]
     return generative_margin(torch.stack(read_all(model, tokenizer, rows)).view(-1, 2, 2))
 
 def mean(xs):
@@ -331,9 +331,9 @@ def best_of(policy, judges, tokenizer, config, K=8):
     right = torch.tensor([[float(x == y["answer"]) for x in v] for y, v in zip(sums, votes)])        # (B, K)
     picks = {"majority": [vs.index(Counter(vs).most_common(1)[0][0]) for vs in votes]}               # (B,)
     for name, judge in judges.items():
-        steps = [re.split(r"(?<=[.!?]) ", text) if name == "process" else None for text in texts]
         chats = [conversation(sums[i // K]["prompt"], text) for i, text in enumerate(texts)]
-        scores = read_all(judge, tokenizer, [encode(tokenizer, *both) for both in zip(chats, steps)])
+        scores = read_all(judge, tokenizer, [encode(tokenizer, chat, name, re.split(r"(?<=[.!?]) ", text))
+                                             for chat, text in zip(chats, texts)])
         picks[name] = torch.stack([s.min() for s in scores]).view(-1, K).argmax(1)        # the weakest step
     return {"random": mean(right.flatten()), "any": mean(right.amax(1))} | {
         name: mean(right[range(len(sums)), k]) for name, k in picks.items()}
@@ -388,9 +388,9 @@ def train(config):
     if config.kind not in KINDS:
         raise UserError(f"--kind {config.kind}: choose {', '.join(KINDS)}")
     kind = KINDS[config.kind]
-    config = replace(config, data=config.data or kind.data, out=config.out or kind.out,
-                     steps=config.steps or kind.steps, lr=config.lr or kind.lr)
-    world = config.data == kind.data                            # your own data has labels, but no truth
+    standard, steps, lr = f"data/{kind.data}.jsonl", config.steps or kind.steps, config.lr or kind.lr
+    config = replace(config, data=config.data or standard, out=config.out or f"out/{kind.out}", steps=steps, lr=lr)
+    world = config.data == standard                             # your own data has labels, but no truth
     need(config.init, "python sft.py", 25)
     torch.manual_seed(config.seed)
     model, tokenizer = load(config.init, config.device)
@@ -415,11 +415,11 @@ def train(config):
     # AFTER
     after, tables = evaluate(model, tokenizer, held, config)
     cards = {"before": before, "after": after}
-    if kind.control and world:              # of a ranking two pairs are made: batches of as many answers
-        control = train(replace(config, kind=kind.control, batch=config.batch * (1 + (config.kind == "ranked")),
-                                problems=0, save=False, quiet=True))
-        cards[kind.control] = control["after"]
-        after |= {"ahead": after["gold_order"] - control["after"]["gold_order"]} if "gold_order" in after else {}
+    if kind.control and world:      # as many answers a step: of a ranking of four, two pairs are made
+        batch = config.batch * (2 if config.kind == "ranked" else 1)
+        control = train(replace(config, kind=kind.control, batch=batch, problems=0, save=False, quiet=True))
+        cards[kind.control] = other = control["after"]
+        after |= {"ahead": after["gold_order"] - other["gold_order"]} if config.kind == "ranked" else {}
     if config.kind in ("outcome", "process") and world and config.problems:
         judges = {config.kind: model} | ({"outcome": control["model"]} if kind.control else {})
         tables["best of 8"] = best_of(load(config.init, config.device)[0], judges, tokenizer, config)

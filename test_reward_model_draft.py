@@ -153,10 +153,10 @@ def test_reward_reads_the_right_tokens(tok):
     ids, at = R.encode(tok, R.conversation(PROMPT, "It is 9."))
     assert at == [len(ids) - 1] and ids[-1] == M.special(tok, M.END) and ids.count(ids[-1]) == 4
     steps = ["First 2 + 3 = 5.", "Then 5 + 4 = 9.", "The answer is 9."]
-    ids, at = R.encode(tok, R.conversation(PROMPT, " ".join(steps)), steps)
+    ids, at = R.encode(tok, R.conversation(PROMPT, " ".join(steps)), "process", steps)
     assert [t.split("assistant\n")[-1] for t in text(ids, at)] == [steps[0], " ".join(steps[:2]), " ".join(steps)]
     for one in ("It is 9.", "No."):
-        ids, at = R.encode(tok, R.compare(R.conversation("Hi", one), R.conversation("Hi", "Go away.")), letter=True)
+        ids, at = R.encode(tok, R.compare(R.conversation("Hi", one), R.conversation("Hi", "Go away.")), "generative")
         assert text(ids, at)[0].endswith("assistant\n") and tok.decode(ids[at[0] + 1:]) == "A<|im_end|>"
 
 
@@ -215,6 +215,7 @@ def test_reward_split_keeps_prompts_apart(tok):
     ("ranked", [{"prompt": "x", "responses": ["a", "a"]}], ":1: .*same"),
     ("process", [{"prompt": f"x {i}", "steps": ["a.", "b."], "labels": [1, 0][:1 + (i < 30)]} for i in range(31)],
      ":31: .*number of labels"),
+    ("ranked", [{"prompt": f"x {i}", "responses": ["a", "b", "c"][:2 + (i > 8)]} for i in range(40)], "more answers"),
     ("outcome", [{"prompt": "x", "steps": ["a.", "b."]}], ":1: .*labels"),
     ("multi", [{"prompt": "x", "chosen": "y", "rejected": "z", "marks": [{"helpful": 1, "harmless": "?", "honest": 1}]}], ":1: "),
     ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "b"}], "too few")])
