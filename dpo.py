@@ -12,8 +12,7 @@ and 0.223, their difference 0.182; at beta 0.1 the loss is 0.684, below ln 2 = 0
 
     python dpo.py                   out/sft -> out/dpo on data/preferences.jsonl, 45 seconds on two cores
     python dpo.py --loss kto        another loss: the table LOSSES is a map of the family, not a ladder
-    python dpo.py --rounds 3        three times: answer twice, let out/reward_model judge, learn the verdicts
-    python dpo.py --online          the same with a round for every step
+    python dpo.py --rounds 3        thrice: answer twice, out/reward_model judges, learn; --online: every step
     python dpo.py --data data/style.jsonl --out out/style    style is a preference too; --flip turns it round
     python dpo.py --init SmolLM2-135M --data mine.jsonl --lr 5e-6 --device cuda --out out/mine
 
@@ -23,7 +22,6 @@ move it). Try next: --beta 0.01 and 1, and compare kl; your own loss as one more
 import copy, os, re, time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +109,8 @@ def kto(r, mismatched, good, beta, aversion):
     return torch.where(good, 1 - torch.sigmoid(beta * (r - z)), aversion * torch.sigmoid(beta * (r - z)))
 
 # A loss, the numbers of Config it uses, defaults for this world, and its place on the four axes of the map:
-# pairs or single judgements; a reference model or none; and in its paper, new answers of the policy or a fixed data
-# set; a reward model's verdicts or people's. --online and --rounds move each of them along the last two.
+# pairs or single judgements; with a reference or without; in its paper, on the policy's own answers or on
+# fixed data; with a reward model or without. --online and --rounds move each of them along the last two.
 Method = namedtuple("Method", "loss uses beta lr pairs reference online reward_model")
 LOSSES = {  #                     uses                  beta lr    pairs  refer. online reward model
     "dpo":      Method(dpo,      ("beta",),            0.1, 5e-4, True,  True,  False, False),
@@ -162,8 +160,8 @@ def judgements(row):
 def read_rows(config, tokenizer, context):
     """A file -> rows; `second` is empty where an answer stands alone."""
     raws, rows, end = read_jsonl(config.data), {}, [special(tokenizer, END)]
-    text = Path(config.data).read_text(encoding="utf-8").split("\n")
-    for line, raw in zip((i for i, s in enumerate(text, 1) if s.strip()), raws):
+    lines = open(config.data, encoding="utf-8").read().split("\n")
+    for line, raw in zip((i for i, text in enumerate(lines, 1) if text.strip()), raws):
         where = f"{config.data}:{line}"
         try:
             messages, answers = judgements(raw)
@@ -199,8 +197,7 @@ def singles(rows, context):
     return rows
 
 def batches(rows, size, generator):
-    """Endless batches of row numbers. Rows of similar length go together, so that little is padding; noise in
-    the sort key keeps a batch from being all of one kind."""
+    """Endless batches of row numbers: rows of similar length, so that little is padding, with noise to mix"""
     lengths, size = torch.tensor([length(row) for row in rows]), min(size, len(rows))
     while True:
         order = (lengths * (1 + 0.1 * torch.rand(len(rows), generator=generator))).argsort().tolist()
@@ -234,7 +231,7 @@ def load_judge(config):
 
     @torch.no_grad()
     def judge(raws, texts):
-        chats = [judgements(raw)[0] + [dict(role="assistant", content=text)] for raw, text in zip(raws, texts)]
+        chats = [judgements(raw)[0] + [dict(role="assistant", content=x)] for raw, x in zip(raws, texts)]
         ids = [ids[:len(ids) - loss[::-1].index(1)] for ids, loss in (render(tokenizer, c) for c in chats)]
         real = pad([[1] * len(row) for row in ids], 0).bool().to(config.device)
         scores = model(pad(ids, special(tokenizer, PAD)).to(config.device), real)       # (B, T)
@@ -290,11 +287,12 @@ def probe(model, reference, tokenizer, held, config):
     drawn = sample(model, tokenizer, [row.prompt for row in held[:48]], 1, config.max_new,
                    generator=torch.Generator().manual_seed(config.seed))
     kl = (drawn.logps - token_logps(reference, *drawn[:3])).sum(1).mean().item()        # nats an answer
-    found = dict(zip(("chosen", "rejected"), standing(pi, good, pairs)), kl=kl)
+    chosen, rejected, _ = standing(pi, good, pairs)
+    found = dict(chosen=chosen, rejected=rejected, accuracy=standing(pi - ref, good, pairs)[2], kl=kl)
     if "slots" in held[0].raw:
-        marks = [studybuddy.judge(row.raw, *x)["gold"] for row, *x in zip(held, drawn.texts, drawn.ended)]
-        found["gold"] = sum(marks) / len(marks)
-    return found | {"held_out": standing(pi - ref, good, pairs)[2]}
+        gold = [studybuddy.judge(row.raw, *x)["gold"] for row, *x in zip(held, drawn.texts, drawn.ended)]
+        found["gold"] = sum(gold) / len(gold)
+    return found
 
 # ---------------------------------------------------------------- training
 
@@ -305,8 +303,7 @@ def losses_of(values, good, config):
     return method.loss(*values.unbind(1), *labels, *(getattr(config, name) for name in method.uses))
 
 def fit(model, reference, tokenizer, rows, held, judge, config, log):
-    method, device = LOSSES[config.loss], model.embed.weight.device
-    optim = optimizer(model, config.lr)
+    method, optim, device = LOSSES[config.loss], optimizer(model, config.lr), model.embed.weight.device
     feed = stream(model, reference, tokenizer, rows, judge, config)
     try:
         for step in range(config.steps):
@@ -328,9 +325,9 @@ def fit(model, reference, tokenizer, rows, held, judge, config, log):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optim.step()
             optim.zero_grad()
-            # 5 log: the batch, then held-out rows
-            w, l, right = standing(values.detach(), good, method.pairs)
-            log(step, loss=loss.item(), margin=config.beta * (w - l), accuracy=right, **found)
+            # 5 log: the batch, then the last look at held-out rows
+            w, l, _ = standing(values.detach(), good, method.pairs)
+            log(step, loss=loss.item(), margin=config.beta * (w - l), **found)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
 
@@ -358,7 +355,7 @@ def train(config, judge=None):
         raise UserError(f"{config.data}: one row is held out, so at least 2 are needed")
     if not method.pairs:
         held, rows = (singles(part, model.config.max_len) for part in (held, rows))
-    world = all("slots" in row.raw for row in held)    # on your own data the exam would make no sense
+    world = all("slots" in row.raw for row in held)    # on your own data the exam makes no sense
     if config.judge == "gold" and not world:
         raise UserError(f"--judge gold knows only StudyBuddy's prompts, not those of {config.data}")
 
@@ -372,7 +369,6 @@ def train(config, judge=None):
     if world:
         card, old = studybuddy.exam(model, tokenizer, reference=reference, seed=config.seed)
         before |= card
-
     log = Log(config.steps, config.quiet)
     fit(model, reference, tokenizer, rows, held, judge, config, log)
     if config.save:                                    # before the exam: whatever happens there, this is safe
@@ -381,17 +377,17 @@ def train(config, judge=None):
     # AFTER
     after = probe(model, reference, tokenizer, held, config)
     if after["chosen"] < before["chosen"]:
-        say(f"log-prob of chosen answers: {before['chosen']:.1f} -> {after['chosen']:.1f}. It is known to fall: "
+        say(f"log-prob of chosen answers: {before['chosen']:.1f} -> {after['chosen']:.1f}. It often falls: "
             "the loss sees\nonly w - l, and what both answers share sinks with the loser (Razin et al. 2024)")
     if world:
         card, new = studybuddy.exam(model, tokenizer, reference=reference, against=old, seed=config.seed)
         after |= card
         for (row, was), (_, now) in [*zip(old, new)][::110]:
-            for name, text in ("prompt", row["prompt"]), ("before", was), ("after", now):
-                say(f"{name:>8}  {' '.join(studybuddy.flat(text).split())[:70]}")
+            for name, text in ("prompt", studybuddy.flat(row["prompt"])), ("before", was), ("after", now):
+                say(f"{name:>8}  {' '.join(text.split())[:70]}")
     if not config.quiet:
         studybuddy.show({"before": before, "after": after})
-    key = "gold" if world and config.data == Config.data and not config.flip else "held_out"
+    key = "gold" if world and config.data == Config.data and not config.flip else "accuracy"
     target = before["gold"] + 0.12 if key == "gold" else 0.55
     passed, seconds = after[key] >= target, time.time() - started
     say(f"{'PASS' if passed else 'FAIL'} {key} {before[key]:.2f} -> {after[key]:.2f} (target {target:.2f}) "
