@@ -11,7 +11,7 @@ o_1 .. o_G, their rewards r_1 .. r_G and the policy pi_old that gave them:
 By hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49, so advantages +0.82 -1.22 +0.82 -1.22 +0.82.
 
     python grpo.py                     out/sft -> out/grpo, under a minute on two cores; its last line is like
-                                       PASS math_greedy 0.37 -> 0.98 (target 0.95) in 45 s
+                                       PASS greedy 0.28 -> 0.98 (target 0.95) in 45 s
     python grpo.py --loss dapo         or dr_grpo, gspo, cispo: see FAMILY; --epochs 2 makes the ratios matter
     python grpo.py --verifier naive    a verifier with a hole, and what the model does with it: reward hacking
     python grpo.py --init SmolLM2-135M --data mine.jsonl --lr 1e-6 --max-new 200 --device cuda --out out/mine
@@ -20,9 +20,9 @@ Simplified from DeepSeekMath (Shao et al. 2024, 2402.03300) and DeepSeek-R1 (250
 batch of answers unless --epochs, no KL unless --beta, rewards for outcomes only, no second round of SFT.
 Try next: --group 2, or 32 with --prompts 4; --beta 0.1; a reward of your own that also likes short answers.
 """
-import copy, math, re, time
+import copy, itertools, math, re, time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Callable, NamedTuple
 
 import torch
@@ -47,7 +47,7 @@ class Config:
     lr: float = 5e-4                  # peak learning rate
     beta: float = 0.0                 # weight of the KL to the starting model
     temperature: float = 1.0          # of the sampling, and so of the log-probs
-    max_new: int = 72                 # longest answer in tokens
+    max_new: int = 0                  # longest answer in tokens (0: 72, but 16 for the naive verifier)
     resample: int = 2                 # dapo: how often to look for more groups with contrast
     batch: int = 128                  # answers that go through the model at once
     seed: int = 0                     # same seed, same machine: same numbers
@@ -99,7 +99,8 @@ def reward(row, response):
 
 
 def naive_reward(row, response):
-    """Pays for any answer that contains the number: so does a page with all the numbers there are."""
+    """Pays for any answer that contains the number, ended or not. With room for 72 tokens honest work pays best;
+    16 hold the steps but not the conclusion, so RL gives it up: more reward, but no more right answers."""
     return float(re.search(rf"(?<!\d){re.escape(str(row['answer']))}(?!\d)", response) is not None)
 
 
@@ -196,7 +197,7 @@ def overlong(lengths, limit, buffer):
 def pass_at(hits, k):
     """(P, n) of 0 and 1 -> the chance that at least one of k answers is right, averaged over the prompts."""
     n = hits.shape[1]
-    return mean([1 - math.comb(n - c, k) / math.comb(n, k) for c in hits.long().sum(1).tolist()])
+    return mean(1 - math.comb(n - c, k) / math.comb(n, k) for c in hits.long().sum(1).tolist())
 
 
 def majority(votes):
@@ -206,6 +207,7 @@ def majority(votes):
 
 
 def mean(xs):
+    xs = list(xs)
     return sum(xs) / max(len(xs), 1)
 
 
@@ -220,13 +222,13 @@ class Batch(NamedTuple):
 
 
 def draw_groups(model, tokenizer, rows, config, generator):
-    """G answers to each row, and their rewards. What never ends earns nothing, whatever it says."""
-    pay = reward if config.verifier == "strict" else naive_reward
+    """G answers to each row, and their rewards. What never ends earns nothing, but the naive do not check."""
+    strict = config.verifier == "strict"
     s = sample(model, tokenizer, [row["ids"] for row in rows], config.group, config.max_new,
                config.temperature, generator=generator)
     owners, ended = [row for row in rows for _ in range(config.group)], s.ended.cpu()       # (B,)
-    rewards = torch.tensor([float(pay(row, text)) for row, text in zip(owners, s.texts)])
-    rewards = rewards.where(ended, rewards.clamp(max=0))
+    rewards = torch.tensor([*map(float, map(reward if strict else naive_reward, owners, s.texts))])
+    rewards = rewards.where(ended, rewards.clamp(max=0)) if strict else rewards
     if FAMILY[config.loss].dynamic:
         rewards += overlong(s.answer.sum(1).cpu() + ~ended, config.max_new, config.max_new // 4)
     return Batch(rows, s.texts, rewards.view(-1, config.group), [s.ids, s.mask, s.answer, s.logps], len(rows))
@@ -254,13 +256,6 @@ def rollout(model, tokenizer, stream, config, generator):
                  [x[at.to(x.device)] for x in batch.tensors], batch.drawn)
 
 
-def shuffled(rows, seed):
-    """The rows again and again, each time in another order."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from (rows[i] for i in torch.randperm(len(rows), generator=generator).tolist())
-
-
 # ---------------------------------------------------------------- before and after
 
 def line(text, width):
@@ -278,7 +273,7 @@ def show_group(title, batch, i, config, say):
 def greedy(model, tokenizer, rows, config):
     """The share of rows that are right without any luck."""
     s = sample(model, tokenizer, [row["ids"] for row in rows], max_new=config.max_new, temperature=0.0)
-    return mean(list(map(right, rows, s.texts)))
+    return mean(map(right, rows, s.texts))
 
 
 def evaluate(model, tokenizer, sums, world, config, reference=None):
@@ -292,23 +287,25 @@ def evaluate(model, tokenizer, sums, world, config, reference=None):
         rows = [row for row in rows if row["kind"] != "math" for _ in range(4)]     # four answers: less noise
         s = sample(model, tokenizer, [row["ids"] for row in rows], generator=generator)
         marks = map(studybuddy.judge, rows, s.texts, s.ended.tolist())
-        card["gold_others"] = mean([mark["gold"] for mark in marks])
+        card["gold_others"] = mean(mark["gold"] for mark in marks)
     s = sample(model, tokenizer, [row["ids"] for row in sums], 8, config.max_new, generator=generator)
     owners = [row for row in sums for _ in range(8)]
     hits = torch.tensor(list(map(right, owners, s.texts))).view(-1, 8)                  # (B,) -> (P, 8)
     votes = [majority(map(conclusion, s.texts[i:i + 8])) for i in range(0, len(s.texts), 8)]
+    vote = mean(right(row, f"So it is {number}.") for row, number in zip(sums, votes))
     return card | {"greedy": greedy(model, tokenizer, sums, config), "pass@1": pass_at(hits, 1),
-                   "pass@8": pass_at(hits, 8),
-                   "majority@8": mean([right(row, f"So it is {vote}.") for row, vote in zip(sums, votes)]),
-                   "naive@1": mean(list(map(naive_reward, owners, s.texts))),
-                   "sum_length": s.answer.sum(1).float().mean().item()}
+                   "pass@8": pass_at(hits, 8), "majority@8": vote,
+                   "naive@1": mean(map(naive_reward, owners, s.texts)),
+                   "sum_length": s.answer.sum().item() / len(owners)}
 
 
 # ---------------------------------------------------------------- training
 
 def fit(model, reference, tokenizer, rows, held, config, log):
     member, optim = FAMILY[config.loss], optimizer(model, config.lr)
-    stream, generator = shuffled(rows, config.seed), torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    order = lambda: torch.randperm(len(rows), generator=generator).tolist()
+    stream = (rows[i] for _ in itertools.count() for i in order())     # again and again, in another order
     try:
         for step in range(config.steps):
             for group in optim.param_groups:
@@ -344,12 +341,10 @@ def fit(model, reference, tokenizer, rows, held, config, log):
             # 5 log
             if step % math.ceil(config.steps / 10) == 0 or step == config.steps - 1:
                 best = greedy(model, tokenizer, held, config)
-            owners = [row for row in batch.rows for _ in range(config.group)]
-            worked = [bool(re.search(STEP, text)) for text in batch.texts]
-            hits = list(map(right, owners, batch.texts))
-            log(step, reward=batch.rewards.mean(), right=mean(hits), greedy=best, worked=mean(worked),
-                length=answer.sum() / len(ids), contrast=contrast(batch.rewards).float().mean(),
-                ratio=farthest, loss=total, groups=batch.drawn)
+            owners, taught = [row for row in batch.rows for _ in range(config.group)], contrast(batch.rewards)
+            log(step, reward=batch.rewards.mean(), right=mean(map(right, owners, batch.texts)), greedy=best,
+                worked=mean(bool(re.search(STEP, text)) for text in batch.texts), length=mean(answer.sum(1)),
+                contrast=mean(taught.tolist()), ratio=farthest, loss=total, groups=batch.drawn)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
 
@@ -362,6 +357,7 @@ def train(config):
     for flag, least in dict(steps=1, prompts=1, group=2, epochs=1, batch=1, temperature=0.01).items():
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
+    config = replace(config, max_new=config.max_new or (72 if config.verifier == "strict" else 16))
     world = config.data == Config.data                   # on your own data the exam would make no sense
     torch.manual_seed(config.seed)
     if config.init == Config.init:
@@ -379,8 +375,7 @@ def train(config):
     shown = contrast(groups.rewards).int().argmax().item()
     show_group("a group before", groups, shown, config, say)
     before = evaluate(model, tokenizer, held, world, config)
-    if config.epochs == 1:
-        say("on-policy: the policy that acts is the one that learns, so every ratio is 1")
+    say("the first ratio must be 1: who answered is who learns, and later epochs move away from it")
     log = Log(config.steps, config.quiet)
     fit(model, reference, tokenizer, rows, held, config, log)
     if config.save:                                      # before the exam: whatever happens there, it is safe
@@ -392,10 +387,10 @@ def train(config):
     after = evaluate(model, tokenizer, held, world, config, reference)
     if not config.quiet:
         studybuddy.show({"before": before, "after": after})
-    key, target = ("math_greedy", 0.95) if world else ("greedy", before["greedy"])
-    passed, seconds = after[key] >= target, time.time() - started
-    say(f"{'PASS' if passed else 'FAIL'} {key} {before[key]:.2f} -> {after[key]:.2f} (target {target:.2f}) "
-        f"in {seconds:.0f} s")
+    target, seconds = 0.95 if world else before["greedy"], time.time() - started
+    passed = after["greedy"] >= target
+    say(f"{'PASS' if passed else 'FAIL'} greedy {before['greedy']:.2f} -> {after['greedy']:.2f} "
+        f"(target {target:.2f}) in {seconds:.0f} s")
     results = dict(stage="grpo", config=asdict(config), seconds=seconds, before=before, after=after,
                    passed=passed)
     if config.save:

@@ -125,6 +125,12 @@ def test_grpo_on_policy_gradient_is_reinforce():
         assert torch.allclose(x.grad[mask], y.grad[mask], atol=1e-7), name
 
 
+def test_grpo_family_settings_are_the_papers():
+    settings = {name: (m.scale, m.low, m.high, m.dynamic) for name, m in grpo.FAMILY.items()}
+    assert settings == {"grpo": ("std", .2, .2, False), "dr_grpo": ("none", .2, .2, False), "dapo": ("std", .2, .28, True),
+                        "gspo": ("std", 3e-4, 4e-4, False), "cispo": ("std", math.inf, 4.0, False)}
+
+
 def test_grpo_clip_stops_what_moved_far_enough_and_cispo_does_not():
     old, mask = torch.full((1, 1), -3.0), torch.ones(1, 1, dtype=torch.bool)
     for name, rho, A, stops in [("grpo", 1.25, 1, True), ("grpo", 1.25, -1, False), ("grpo", 0.75, -1, True),
@@ -315,10 +321,10 @@ def test_grpo_learns_from_a_reward_of_your_own(tiny, monkeypatch):
     monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
     rewards = {}
     for name, beta in [(n, 0.0) for n in grpo.FAMILY] + [("grpo", 30.0)]:
-        model, log = copy.deepcopy(tiny[0]), M.Log(30, quiet=True)
-        config = replace(CONFIG, loss=name, beta=beta, steps=20, prompts=4, group=8, lr=2e-2, batch=20)
+        model, log = copy.deepcopy(tiny[0]), M.Log(40, quiet=True)
+        config = replace(CONFIG, loss=name, beta=beta, steps=40, prompts=4, group=8, lr=2e-2, batch=20)
         grpo.fit(model, copy.deepcopy(model), tokenizer, prompts(tokenizer), prompts(tokenizer, 2), config, log)
-        rewards[name, beta] = [sum(row["reward"] for row in rows) / 5 for rows in (log.rows[:5], log.rows[-5:])]
+        rewards[name, beta] = [sum(row["reward"] for row in rows) / 10 for rows in (log.rows[:10], log.rows[-10:])]
         assert all(abs(row["ratio"] - 1) < 1e-3 for row in log.rows), name               # on-policy
     for (name, beta), (first, last) in rewards.items():
         assert beta or last > first + 0.2, (name, first, last)
