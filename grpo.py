@@ -23,6 +23,7 @@ Try next: --group 2, or 32 with --prompts 4; --beta 0.1; a reward of your own th
 import copy, itertools, math, re, time
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean as mean
 from typing import Callable, NamedTuple
 
 import torch
@@ -99,8 +100,8 @@ def reward(row, response):
 
 
 def naive_reward(row, response):
-    """Pays for any answer that contains the number, ended or not. With room for 72 tokens honest work pays best;
-    16 hold the steps but not the conclusion, so RL gives it up: more reward, but no more right answers."""
+    """Pays for any answer that contains the number, ended or not. With room for 72 tokens honest work pays
+    best. 16 hold the steps but not the conclusion, and RL gives that up: more reward, no more right ones."""
     return float(re.search(rf"(?<!\d){re.escape(str(row['answer']))}(?!\d)", response) is not None)
 
 
@@ -204,11 +205,6 @@ def majority(votes):
     """What most answers conclude. None does not vote; the first wins a tie. Wang et al. 2022 (2203.11171)"""
     votes = Counter(vote for vote in votes if vote is not None)
     return max(votes, key=votes.get) if votes else None
-
-
-def mean(xs):
-    xs = list(xs)
-    return sum(xs) / max(len(xs), 1)
 
 
 # ---------------------------------------------------------------- groups of answers
@@ -343,7 +339,7 @@ def fit(model, reference, tokenizer, rows, held, config, log):
                 best = greedy(model, tokenizer, held, config)
             owners, taught = [row for row in batch.rows for _ in range(config.group)], contrast(batch.rewards)
             log(step, reward=batch.rewards.mean(), right=mean(map(right, owners, batch.texts)), greedy=best,
-                worked=mean(bool(re.search(STEP, text)) for text in batch.texts), length=mean(answer.sum(1)),
+                worked=mean(bool(re.search(STEP, text)) for text in batch.texts), length=mean(answer.sum(1).tolist()),
                 contrast=mean(taught.tolist()), ratio=farthest, loss=total, groups=batch.drawn)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
