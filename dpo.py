@@ -80,12 +80,10 @@ def ipo(w, l, beta):
 def slic(w, l, beta):                                       # with a reference: Liu et al. 2023 (2309.06657)
     return F.relu(1 - beta * (w - l))
 # L = 1 - sigma(beta w) + sigma(beta l)                       D'Oosterlinck et al. 2024 (2408.06266), eq. 7
-def apo_zero(w, l, beta):
-    """Winners up, losers down, each by itself: for winners that are better than the model."""
+def apo_zero(w, l, beta):       # winners up, losers down, each by itself: for winners better than the model
     return 1 - torch.sigmoid(beta * w) + torch.sigmoid(beta * l)
 # L = sigma(beta w) + 1 - sigma(beta (w - l))                 the same, eq. 8
-def apo_down(w, l, beta):
-    """Both down, losers more: for a model that is better than the winners."""
+def apo_down(w, l, beta):       # both down, losers more: for a model better than the winners
     return torch.sigmoid(beta * w) + 1 - torch.sigmoid(beta * (w - l))
 # L = (w - 1 / (2 beta))^2 + (l + 1 / (2 beta))^2             SPPO, Wu et al. 2024 (2405.00675), eq. 4.7, with
 def sppo(w, l, beta):                                     # eta = 1 / beta, P = 1 for winners and 0 for losers
