@@ -156,8 +156,8 @@ def read(model, tokenizer, rows):
 
 # L = - mean log sigma(r_w - r_l - m) + c mean (r_w + r_l)^2
 def bradley_terry_loss(chosen, rejected, margin=None, center=0.0):
-    """r_w, r_l, m (B,) -> scalar. InstructGPT, eq. 1. m is larger where annotators were surer (Llama 2,
-    2307.09288, eq. 2). The second term keeps scores from drifting off together (Eisenstein 2023, 2312.09244)."""
+    """r_w, r_l, m (B,) -> scalar. InstructGPT, eq. 1. m is larger where annotators were surer: Llama 2, eq 2.
+    The second term keeps all scores from drifting off together (Eisenstein et al. 2023, 2312.09244)."""
     difference = chosen - rejected if margin is None else chosen - rejected - margin
     return -F.logsigmoid(difference).mean() + center * (chosen + rejected).square().mean()
 
@@ -388,9 +388,9 @@ def train(config):
     if config.kind not in KINDS:
         raise UserError(f"--kind {config.kind}: choose {', '.join(KINDS)}")
     kind = KINDS[config.kind]
-    standard, steps, lr = f"data/{kind.data}.jsonl", config.steps or kind.steps, config.lr or kind.lr
-    config = replace(config, data=config.data or standard, out=config.out or f"out/{kind.out}", steps=steps, lr=lr)
-    world = config.data == standard                             # your own data has labels, but no truth
+    world = config.data in ("", f"data/{kind.data}.jsonl")      # your own data has labels, but no truth
+    config = replace(config, data=config.data or f"data/{kind.data}.jsonl", steps=config.steps or kind.steps,
+                     out=config.out or f"out/{kind.out}", lr=config.lr or kind.lr)
     need(config.init, "python sft.py", 25)
     torch.manual_seed(config.seed)
     model, tokenizer = load(config.init, config.device)

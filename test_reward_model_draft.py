@@ -249,22 +249,33 @@ def test_reward_report_of_a_perfect_copy_of_the_annotators(monkeypatch):
 
 
 def test_best_of_picks(monkeypatch, tok, tiny):
-    """Of eight solutions: the majority is wrong, outcome knows the right ones, process sees no weak step."""
+    """Of eight solutions to six sums one or five are right: only with five is the majority. `outcome` knows the right
+    ones; `process` sees a weak step in the wrong ones, between strong ones."""
     rng = R.Random(0)
-    sums = [world.ask(rng, "math", "exam") for _ in range(5)]
+    sums = [world.ask(rng, "math", "exam") for _ in range(6)]
     good = lambda row: " ".join(world.worked(rng, row)[0])[6:] + f" The answer is {row['answer']}."
-    texts = [t for row in sums for t in ["2 + 2 = 4. So it is 1."] * 4 + [good(row), "So it is 2.", "So it is 3.", "x"]]
+    bad = ["2 + 2 = 4. So it is 1."] * 4 + ["So it is 2.", "So it is 3.", "x"]
+    texts = [t for i, row in enumerate(sums) for t in (bad[:4] + [good(row)] + bad[4:] if i < 4 else
+                                                       bad[:2] + [good(row) for _ in range(5)] + bad[5:6])]
     monkeypatch.setattr(R, "sample", lambda *a, **k: SimpleNamespace(texts=texts))
     seen = {}
 
     def fake(judge, tokenizer, rows):
         seen[judge] = [len(at) for _, at in rows]
-        answers = [str(sums[i // 8]["answer"]) + "." in tok.decode(ids) and i % 8 == 4 for i, (ids, _) in enumerate(rows)]
-        return [torch.full((len(at), 1), 1.0 * ok) for ok, (_, at) in zip(answers, rows)]
+        right = [f" {sums[i // 8]['answer']}.<" in tok.decode(ids) for i, (ids, _) in enumerate(rows)]
+        return [torch.tensor([[0.5]] * len(at) if ok else [[2.0], [-1.0], [2.0]] if judge == "p" else [[0.0]])
+                for ok, (_, at) in zip(right, rows)]
     monkeypatch.setattr(R, "read_all", fake)
-    card = R.best_of(tiny, {"outcome": "o", "process": "p"}, tok, R.Config(problems=5, seed=0))
-    assert card == {"random": pytest.approx(1 / 8), "any": 1.0, "majority": 0.0, "outcome": 1.0, "process": 1.0}
+    card = R.best_of(tiny, {"outcome": "o", "process": "p"}, tok, R.Config(problems=6, seed=0))
+    assert card == {"random": pytest.approx((4 + 2 * 5) / 48), "any": 1.0, "majority": pytest.approx(2 / 6),
+                    "outcome": 1.0, "process": 1.0}
     assert set(seen["o"]) == {1} and seen["p"][0] == 2 and seen["p"][4] == len(world.steps(sums[0])) + 1
+
+
+def test_generative_judge_is_taught_both_orders():
+    [(chats, _)] = R.generative_examples({"prompt": "Hi", "chosen": "Good.", "rejected": "Bad."})
+    asked, verdicts = [chat[0]["content"] for chat in chats], [chat[1]["content"] for chat in chats]
+    assert verdicts == ["A", "B"] and "A: Good.\nB: Bad." in asked[0] and "A: Bad.\nB: Good." in asked[1]
 
 
 def small(kind, path):
