@@ -620,6 +620,8 @@ def main(Config, train, doc):
     except (UserError, Diverged) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)
+    except KeyboardInterrupt:                     # outside of the loop, which saves what there is
+        sys.exit("\ninterrupted")
 
 class Log:
     """The numbers of every step: all of them for metrics.csv, at most 20 rows on the screen."""

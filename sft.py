@@ -51,14 +51,15 @@ class Config:
     prompts: int = 512        # prompts to sample answers to, for best_of and teacher
     max_new: int = 72         # longest sampled answer in tokens
     pretrain: bool = False    # make the base model from data/web.txt
-    minutes: float = 12.0     # time limit of pretraining: a slow machine skips ahead on the schedule
+    documents: int = 80000    # pretraining reads so many: web.txt, and on from there
+    minutes: float = 11.0     # time limit of pretraining: a slow machine skips ahead on the schedule
     save: bool = True         # write the checkpoint and the results
     quiet: bool = False       # print nothing
 
 
 # target: gold; for best_of and distill, what to add to the rival's gold; for pretrain, held-out loss
 MODES = {  #    init         data                  out            steps batch lr    optimiser target
-    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   4096, 1e-3, "adamw", 0.65),
+    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     60,   4096, 5e-4, "adamw", 0.65),
     "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   4096, 1e-2, "adamw", 0.62),
     "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   4096, 5e-4, "adamw", 0.05),
     "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  4096, 1e-3, "adamw", -.05),
@@ -332,7 +333,8 @@ def train(config):
     if mode == "pretrain":
         if not Path(config.data).is_file():
             raise UserError(f"{config.data}: no such file")
-        texts = Path(config.data).read_text(encoding="utf-8").strip().split("\n\n")
+        texts = studybuddy.web_stream(config.documents) if world else \
+            Path(config.data).read_text(encoding="utf-8").strip().split("\n\n")
         runs = {"base": documents(texts, tokenizer, model.config.max_len)}
     else:
         if mode == "best_of":
