@@ -339,8 +339,9 @@ def fit(model, reference, tokenizer, rows, held, config, log):
                 best = greedy(model, tokenizer, held, config)
             owners, taught = [row for row in batch.rows for _ in range(config.group)], contrast(batch.rewards)
             log(step, reward=batch.rewards.mean(), right=mean(map(right, owners, batch.texts)), greedy=best,
-                worked=mean(bool(re.search(STEP, text)) for text in batch.texts), length=mean(answer.sum(1).tolist()),
-                contrast=mean(taught.tolist()), ratio=farthest, loss=total, groups=batch.drawn)
+                worked=mean(bool(re.search(STEP, text)) for text in batch.texts),
+                length=mean(answer.sum(1).tolist()), contrast=mean(taught.tolist()), ratio=farthest,
+                loss=total, groups=batch.drawn)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
 
