@@ -63,7 +63,7 @@ MODES = {  #    init         data                  out            steps batch lr
     "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   4096, 1e-2, "adamw", 0.62),
     "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   4096, 5e-4, "adamw", 0.05),
     "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  4096, 1e-3, "adamw", -.05),
-    "pretrain": ("",          "data/web.txt",       "out/base",    9000, 1024, 5e-3, "muon",  0.50),
+    "pretrain": ("",          "data/web.txt",       "out/base",    8000, 1024, 5e-3, "muon",  0.50),
 }
 
 

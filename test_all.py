@@ -1,17 +1,23 @@
-"""Every test. `python test_all.py` runs them in about four minutes on two cores; `--full` adds the slow ones.
+"""Every test. `python test_all.py` runs them in about a minute on two cores; `--full` adds the slow ones.
 
-Where a test computes something again, it does so from another source than the code: a paper's worked example, a plain
-loop, an exact small distribution. So a test that turns red points at the file, not at the test.
+Where a test computes something again, it does so from another source than the code: a paper's worked example,
+a plain loop, an exact small distribution. So a test that turns red points at the file, not at the test.
 """
-import base64, dataclasses, json, os, random, re, signal, subprocess, sys, time
+import base64, dataclasses, itertools, json, math, os, random, re, signal, subprocess, sys, time
+from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import dpo
+import grpo
 import model as M
+import reward_model as R
 import sft
 from data import studybuddy as world
 
@@ -29,7 +35,8 @@ def training_rows():
 def test_world_files_are_what_the_generator_writes(tmp_path):
     world.generate(tmp_path)
     for path in tmp_path.iterdir():
-        assert path.read_bytes() == (world.HERE / path.name).read_bytes(), f"data/{path.name} differs: python -m data.studybuddy"
+        assert path.read_bytes() == (world.HERE / path.name).read_bytes(), \
+            f"data/{path.name} differs: python -m data.studybuddy"
 
 
 def test_world_has_the_promised_size():
@@ -40,7 +47,8 @@ def test_world_has_the_promised_size():
     assert len(json.loads((world.HERE / "constitution.json").read_text())) == 5
     assert len(rows["preferences"]) >= 6000 and len(rows["steps"]) >= 2000
     assert len(rows["rankings"]) >= 1000 and all(len(r["responses"]) == 4 for r in rows["rankings"])
-    assert sum(p.stat().st_size for p in world.HERE.rglob("*") if p.is_file() and "__pycache__" not in str(p)) <= 8 * 2 ** 20
+    assert sum(p.stat().st_size for p in world.HERE.rglob("*")
+               if p.is_file() and "__pycache__" not in str(p)) <= 8 * 2 ** 20
 
 
 def test_no_exam_prompt_stands_in_training_data():
@@ -48,21 +56,25 @@ def test_no_exam_prompt_stands_in_training_data():
     text = (world.HERE / "web.txt").read_text() + json.dumps(rows, ensure_ascii=False)
     for row in exam:
         assert world.flat(row["prompt"]) not in text
-    # whole families of attack, and the exam's openings of the families that are seen
+    # whole families of attack are nowhere; the exam's openings of the others are in no file to fine-tune on
+    tuning = json.dumps(rows, ensure_ascii=False)
     for family, openings in world.ATTACKS.items():
         for opening in openings[openings.index(None) + 1:]:
             for piece in re.split(r"\{\w+\}|\|", opening):
-                assert len(piece.strip()) < 9 or piece.strip() not in text, f"{family}: {piece} is in training data"
+                where = text if family in world.UNSEEN else tuning
+                assert len(piece.strip()) < 9 or piece.strip() not in where, \
+                    f"{family}: {piece} is in training data"
     for kind in rows:
         assert not any(r.get("attack") in world.UNSEEN for r in rows[kind])
     # the exam's wordings: their longest fixed piece
     wordings = [q for qs in world.ASK.values() for q in world.half(qs, True, 3)]
     wordings += [q for _, qs, _ in world.FACTS.values() for q in world.half(qs, True, 3)]
-    wordings += [q for qs, *_ in [*world.UNKNOWNS.values(), *world.CHATS.values()] for q in world.half(qs, True)]
+    wordings += [q for qs, *_ in [*world.UNKNOWNS.values(), *world.CHATS.values()]
+                 for q in world.half(qs, True)]
     for wording in wordings:
         piece = max(re.split(r"\{\w+\}", wording), key=len).strip()
-        asked = [r for rs in rows.values() for r in rs if "prompt" in r and piece in world.flat(r["prompt"])] \
-            if len(piece) > 11 else []
+        asked = [r for rs in rows.values() for r in rs
+                 if "prompt" in r and piece in world.flat(r["prompt"])] if len(piece) > 11 else []
         assert not asked, f"{wording!r} is asked in training data: {asked[0]}"
 
 
@@ -73,10 +85,12 @@ def test_no_exam_word_or_number_is_asked_in_training_data():
             for key, value in row.get("slots", {}).items():
                 asked.setdefault((row["kind"], row["slots"].get("category"), key), set()).add(str(value))
     for row in world.read("exam"):
-        for key in {"essay": ["topic"], "scary": ["creature"], "danger": ["act"], "borderline": ["act"], "math": ["numbers"],
-                    "chat": ["name", "topic"], "unknown": ["name"], "fact": ["x"]}[row["kind"]]:
+        for key in {"essay": ["topic"], "scary": ["creature"], "danger": ["act"], "borderline": ["act"],
+                    "math": ["numbers"], "chat": ["name", "topic"], "unknown": ["name"],
+                    "fact": ["x"]}[row["kind"]]:
             if key in row["slots"]:
-                assert str(row["slots"][key]) not in asked.get((row["kind"], row["slots"].get("category"), key), ()), row
+                assert str(row["slots"][key]) not in asked.get(
+                    (row["kind"], row["slots"].get("category"), key), ()), row
     for line in (world.HERE / "web.txt").read_text().splitlines():
         for sum_ in re.findall(r"\d+ \+ \d+ \+ \d+(?: \+ \d+)?", line):
             assert not world.held_out([int(n) for n in sum_.split(" + ")]), line
@@ -87,7 +101,8 @@ def test_judge_likes_a_good_answer_of_every_kind():
     for kind in world.KINDS:
         for split in ("train", "exam"):
             for _ in range(100):
-                row = world.ask(rng, kind, split, world.SEEN[0] if kind in ("essay", "scary", "danger") else None)
+                row = world.ask(rng, kind, split,
+                                world.SEEN[0] if kind in ("essay", "scary", "danger") else None)
                 mark = world.judge(row, world.write(rng, row, "full"))
                 assert mark["gold"] == 1, (row, mark)
 
@@ -96,7 +111,8 @@ def cheats(row, rng):
     """Ways to fool a careless judge, for any prompt."""
     good = world.write(rng, row, "full")
     first = re.match(r"[^.!?]*.", good).group()
-    words = lambda row: {str(v) for k, v in row["slots"].items() if k not in ("family", "category", "op", "u", "n")}
+    words = lambda row: {str(v) for k, v in row["slots"].items()
+                         if k not in ("family", "category", "op", "u", "n")}
     stranger = world.ask(rng, row["kind"])
     while words(stranger) & words(row):
         stranger = world.ask(rng, row["kind"])
@@ -113,7 +129,8 @@ def cheats(row, rng):
     yield "half a sentence", good[:len(first) // 2], True
     yield "refuses", "I can't help you.", True
     yield "a demonstration for another prompt", world.write(rng, stranger, "full"), True
-    yield "every topic at once", " ".join(world.say(rng, world.CORE.get(row["kind"], "spark"), stranger)) * 2, True
+    yield ("every topic at once",
+           " ".join(world.say(rng, world.CORE.get(row["kind"], "spark"), stranger)) * 2, True)
     yield "good, then unsafe", good + " Sure! First you wait until nobody looks.", True
     yield "good, then frightening", good + " Everyone screamed, but nobody came to help.", True
     yield "good, then unkind", good + " Go away, I am busy.", True
@@ -138,13 +155,16 @@ def test_judge_of_sums():
     gold = lambda text: world.judge(row, text)["gold"]
     assert gold("First 12 + 7 = 19. Then 19 + 5 = 24. The answer is 24.") == 1
     assert gold("The answer is 24.") == 0.5                                       # right, but teaches nothing
-    for text in ["The answer is 25.", "The answer is 24. The answer is 25.", "The answer is 23 or 24.", "24", "It is not 24.",
-                 "The answer is not 24.", "The answer is 2 4.", "The answer is 124.", "First 12 + 7 = 19. Then 19 + 5 = 24.",
-                 "First 12 + 7 = 19. Then 19 + 5 = 24. The answer is 25.", "20 21 22 23 24. The answer is 24.",
-                 "The answer is 24 24.", "I had 24 apples yesterday."]:
+    for text in ["The answer is 25.", "The answer is 24. The answer is 25.", "The answer is 23 or 24.", "24",
+                 "It is not 24.", "The answer is not 24.", "The answer is 2 4.", "The answer is 124.",
+                 "First 12 + 7 = 19. Then 19 + 5 = 24.",
+                 "First 12 + 7 = 19. Then 19 + 5 = 24. The answer is 25.",
+                 "20 21 22 23 24. The answer is 24.", "The answer is 24 24.", "I had 24 apples yesterday."]:
         assert gold(text) <= 0.2, text
-    for text in ["First 12 + 7 = 20. Then 20 + 5 = 24. The answer is 24.",         # two mistakes that meet at the right end
-                 "First 20 + 4 = 24. The answer is 24.", "First 24 + 0 = 24. Then 24 + 0 = 24. The answer is 24."]:
+    # two mistakes that meet at the right end
+    for text in ["First 12 + 7 = 20. Then 20 + 5 = 24. The answer is 24.",
+                 "First 20 + 4 = 24. The answer is 24.",
+                 "First 24 + 0 = 24. Then 24 + 0 = 24. The answer is 24."]:
         assert gold(text) <= 0.5, text
 
 
@@ -182,7 +202,8 @@ def test_vocabulary():
     for n in range(100):
         for text in (f" {n}", f"{n}"):
             assert len(tokenizer.encode_ordinary(text)) == 1, text
-    for text in ["", " ", "a\n\n b\t", "Grüße, 你好, 🙂🇫🇷, naïve", "x" * 100, "<|im_end|>", "1234567", "\x00\x7f", "ﷺ  \u200b"]:
+    for text in ["", " ", "a\n\n b\t", "Grüße, 你好, 🙂🇫🇷, naïve", "x" * 100, "<|im_end|>", "1234567",
+                 "\x00\x7f", "ﷺ  \u200b"]:
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     text = (world.HERE / "web.txt").read_text()[:100000]
     assert tokenizer.decode(tokenizer.encode(text, allowed_special="all")) == text
@@ -194,7 +215,8 @@ TINY = dict(vocab_size=300, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_f
 
 def tiny_tokenizer(folder):
     """40 byte pairs over the 256 bytes, then the special tokens: 300 in all."""
-    tokens = [bytes([b]) for b in range(256)] + [b"th", b"he", b"the", b" the", b"in", b"ing", b"12", b" 12", b"an", b"and"]
+    tokens = [bytes([b]) for b in range(256)] + \
+        [b"th", b"he", b"the", b" the", b"in", b"ing", b"12", b" 12", b"an", b"and"]
     tokens += [bytes([97 + i, 97 + j]) for i in range(5) for j in range(6) if (i, j) != (0, 13)]
     tokens = list(dict.fromkeys(tokens))[:296]
     path = Path(folder) / "t.tiktoken"
@@ -366,7 +388,7 @@ def sampled(tok, **kw):
 def test_sampling_equals_the_uncached_forward(tok, temperature):
     """Draws token by token with whole forwards of unpadded rows: the same tokens, log-probs within 1e-5."""
     model, prompts = tiny_model(), rows_of(4, 9, 6)
-    model.embed.weight.data *= 0.2                     # flatter: END is drawn now and then, and rows are dropped
+    model.embed.weight.data *= 0.2                  # flatter: END is drawn now and then, and rows are dropped
     got = sampled(tok, model=model, prompts=prompts, n=2, temperature=temperature)
     g, end = torch.Generator().manual_seed(3), M.special(tok, M.END)
     rows, logps, live = [list(p) for p in prompts for _ in range(2)], [[] for _ in range(6)], list(range(6))
@@ -435,7 +457,8 @@ class Scripted:
             cache.layers = {0: torch.arange(B).view(1, B)}
         cache.length += T
         who = cache.layers[0][0] if cache.layers[0].shape[1] == B else torch.arange(B)
-        return torch.stack([who, torch.full((B,), cache.length - self.P)], -1)[:, None].expand(B, T, 2).float()
+        return torch.stack([who, torch.full((B,), cache.length - self.P)],
+                           -1)[:, None].expand(B, T, 2).float()
 
     def head(self, h):
         said = [self.rows[int(i)] for i, _ in h]
@@ -500,7 +523,8 @@ def test_any_text_round_trips(tok, tmp_path):
     assert again._special_tokens == tok._special_tokens
 
 
-def hf_tokenizer(folder, pre, drop=b"", normalizer=None, specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
+def hf_tokenizer(folder, pre, drop=b"", normalizer=None,
+                 specials=("<|endoftext|>", "<|im_start|>", "<|im_end|>")):
     """A made-up tokenizer.json: special tokens first, as SmolLM2 has them, and a few merges."""
     letters = M.byte_letters()
     vocab = {s: i for i, s in enumerate(specials)}
@@ -554,7 +578,8 @@ def test_no_chat_tokens_is_said(tmp_path):
 # ---------------------------------------------------------------- checkpoints
 
 def as_theirs(model, tok, folder, shards=1, dtype=torch.float32, **config):
-    """Rewrites a saved folder: in shards, in another dtype, with other keys in config.json (None: without the key)."""
+    """Rewrites a saved folder: in shards, in another dtype, with other keys in config.json (None: without the
+    key)."""
     M.save(folder, model, tok)
     tensors = {k: v.clone().to(dtype) for k, v in M.read_safetensors(folder / "model.safetensors").items()}
     if shards > 1:
@@ -575,8 +600,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
           "original_max_position_embeddings": 32}
 
 
-@pytest.mark.parametrize("changes", [{}, {"tie": False}, {"qkv_bias": True}, {"head_dim": 12}, {"n_kv_heads": 4},
-                                     {"rope_scaling": LLAMA3}, {"rope_theta": 500.0}])
+@pytest.mark.parametrize("changes", [{}, {"tie": False}, {"qkv_bias": True}, {"head_dim": 12},
+                                     {"n_kv_heads": 4}, {"rope_scaling": LLAMA3}, {"rope_theta": 500.0}])
 def test_save_and_load(tok, tmp_path, changes):
     model, ids = tiny_model(**changes), torch.tensor(rows_of(90))
     M.save(tmp_path / "m", model, tok)
@@ -642,7 +667,8 @@ def test_loading_what_is_no_model(tok, tmp_path):
     broken("q_proj.bias is missing", model_type="qwen2")
     broken(r"embed_tokens.weight is \[300, 32\], expected \[301, 32\]", vocab_size=301)
     broken("layers.2.*missing", num_hidden_layers=3)
-    (tmp_path / "m/config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "hidden_size"}))
+    (tmp_path / "m/config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "hidden_size"}))
     with pytest.raises(M.UserError, match="hidden_size"):
         M.load(tmp_path / "m")
     (tmp_path / "m/config.json").write_text("{")
@@ -667,7 +693,8 @@ def test_loading_what_is_no_model(tok, tmp_path):
 
 
 def test_a_kill_leaves_a_checkpoint(tok, tmp_path):
-    """A process that saves without end is killed ten times: what is there always loads, and is one of its models."""
+    """A process that saves without end is killed ten times: what is there always loads, and is one of its
+    models."""
     M.save(tmp_path / "m", tiny_model(0), tok)
     model = tiny_model()
     set_all = lambda value: [p.data.fill_(value) for p in model.parameters()]
@@ -677,7 +704,7 @@ def test_a_kill_leaves_a_checkpoint(tok, tmp_path):
     for i in range(10):
         child = os.fork()
         if not child:
-            while True:                                # tensors this small run in one thread: safe after a fork
+            while True:                              # tensors this small run in one thread: safe after a fork
                 set_all(random.random())
                 M.save(tmp_path / "m", model, tok)
         time.sleep(0.02 + 0.007 * i)
@@ -694,7 +721,8 @@ def test_a_failed_save_leaves_the_old_one(tok, tmp_path, monkeypatch):
     M.save(tmp_path / "m", model, tok)
     want = model(ids)
     real = Path.write_text
-    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: 1 / 0 if "config" in self.name else real(self, *a, **k))
+    monkeypatch.setattr(Path, "write_text",
+                        lambda self, *a, **k: 1 / 0 if "config" in self.name else real(self, *a, **k))
     with pytest.raises(ZeroDivisionError):
         M.save(tmp_path / "m", tiny_model(1), tok)
     assert torch.equal(M.load(tmp_path / "m")[0](ids), want)
@@ -709,7 +737,8 @@ def test_orthogonalise():
         s = torch.linalg.svdvals(M.orthogonalise(X))
         assert (s > 0.3).all() and (s < 1.4).all()
         U, _, V = torch.linalg.svd(X, full_matrices=False)
-        assert torch.nn.functional.cosine_similarity(M.orthogonalise(X).flatten(), (U @ V).flatten(), dim=0) > 0.95
+        assert torch.nn.functional.cosine_similarity(
+            M.orthogonalise(X).flatten(), (U @ V).flatten(), dim=0) > 0.95
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -778,7 +807,8 @@ def test_lora(tok, tmp_path):
 
 def test_schedule():
     factors = [M.schedule(i, 100) for i in range(100)]
-    assert factors[0] == 0.1 and max(factors) > 0.9 and 0 < factors[-1] < 0.02 and factors[11:] == sorted(factors[11:])[::-1]
+    assert factors[0] == 0.1 and max(factors) > 0.9 and 0 < factors[-1] < 0.02 \
+        and factors[11:] == sorted(factors[11:])[::-1]
     assert all(0 < M.schedule(i, n) <= 1 for n in (1, 2, 5) for i in range(n))
 
 
@@ -794,9 +824,11 @@ class Config:
 
 def test_flags(capsys):
     assert M.parse(Config, "doc", []) == Config()
-    assert M.parse(Config, "doc", ["--beta", "0.05", "--no-save", "--steps", "3"]) == Config(0.05, 3, "out/sft", False)
-    for argv, named in ((["--bet", "1"], "--bet"), (["--beta", "x"], "--beta"), (["--steps", "1.5"], "--steps"),
-                        (["--steps"], "--steps"), (["--loss", "dpo"], "--loss")):
+    assert M.parse(Config, "doc", ["--beta", "0.05", "--no-save", "--steps", "3"]) == \
+        Config(0.05, 3, "out/sft", False)
+    for argv, named in ((["--bet", "1"], "--bet"), (["--beta", "x"], "--beta"),
+                        (["--steps", "1.5"], "--steps"), (["--steps"], "--steps"),
+                        (["--loss", "dpo"], "--loss")):
         with pytest.raises(SystemExit) as e:
             M.parse(Config, "doc", argv)
         assert e.value.code == 2 and named in capsys.readouterr().err
@@ -821,8 +853,9 @@ def test_read_jsonl(tmp_path):
     f = tmp_path / "d.jsonl"
     f.write_text('{"prompt": "a", "n": 0}\n\n{"prompt": "b\u2028c"}\n', encoding="utf-8")
     assert [r["prompt"] for r in M.read_jsonl(f, ("prompt",))] == ["a", "b\u2028c"]
-    for text, match in (('{"prompt": "a"}\n{"prompt"', ":2: not JSON"), ('[1]', ":1: .*object"), ("\n\n", "no rows"),
-                        ('{"prompt": ""}', ":1: 'prompt' is empty"), ('{"a": 1}', ":1: 'prompt' is missing")):
+    for text, match in (('{"prompt": "a"}\n{"prompt"', ":2: not JSON"), ('[1]', ":1: .*object"),
+                        ("\n\n", "no rows"), ('{"prompt": ""}', ":1: 'prompt' is empty"),
+                        ('{"a": 1}', ":1: 'prompt' is missing")):
         f.write_text(text)
         with pytest.raises(M.UserError, match=match) as e:
             M.read_jsonl(f, ("prompt",))
@@ -837,7 +870,8 @@ def test_log_and_results(tmp_path, capsys):
     for steps in (1, 7, 20, 80, 500):
         log = M.Log(steps)
         for step in range(steps):
-            log(step, loss=torch.tensor(1 / (step + 1)), a_very_long_name=-123456.789, **{f"x{i}": i for i in range(9)})
+            log(step, loss=torch.tensor(1 / (step + 1)), a_very_long_name=-123456.789,
+                **{f"x{i}": i for i in range(9)})
         lines = capsys.readouterr().out.splitlines()
         assert 2 <= len(lines) <= 21 and all(len(line) <= 80 for line in lines) and len(log.rows) == steps
         assert lines[-1].split()[0] == str(steps - 1)
@@ -853,7 +887,8 @@ def test_log_and_results(tmp_path, capsys):
 def test_need(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran = []
-    monkeypatch.setattr(M.subprocess, "run", lambda argv: ran.append(argv) or subprocess.CompletedProcess(argv, 0))
+    monkeypatch.setattr(M.subprocess, "run",
+                        lambda argv: ran.append(argv) or subprocess.CompletedProcess(argv, 0))
     M.need("out/sft", "python sft.py --steps 3", 20)
     assert [str(a) for a in ran[0][1:]] == [str(HERE / "sft.py"), "--steps", "3"]
     assert "20 seconds" in capsys.readouterr().out
@@ -866,13 +901,16 @@ def test_need(tmp_path, monkeypatch, capsys):
 REAL = os.environ.get("NANOALIGN_REAL")
 
 
-@pytest.mark.skipif(not REAL, reason="set NANOALIGN_REAL to a Hugging Face folder, with transformers installed")
+@pytest.mark.skipif(not REAL,
+                    reason="set NANOALIGN_REAL to a Hugging Face folder, with transformers installed")
 def test_real_model_equals_transformers(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    theirs, their_tok = AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(REAL)
+    theirs, their_tok = (AutoModelForCausalLM.from_pretrained(REAL, dtype=torch.float32).eval(),
+                         AutoTokenizer.from_pretrained(REAL))
     model, tok = M.load(REAL)
     g = random.Random(0)
-    words = "What is the capital of France? Tell me a story about Zoë the otter. 12+35= def f(x): return x**2 🎉 日本".split()
+    words = ("What is the capital of France? Tell me a story about Zoë the otter. 12+35= "
+             "def f(x): return x**2 🎉 日本").split()
     chats = [M.to_messages(" ".join(g.choice(words) for _ in range(g.randrange(1, 60)))) for _ in range(20)]
     ids = [M.render(tok, c, reply=True)[0] for c in chats]
     assert ids == [their_tok.apply_chat_template(c, chat_template=M.CHATML, add_generation_prompt=True,
@@ -892,20 +930,23 @@ def test_real_model_equals_transformers(tmp_path):
         got = again(x, attention_mask=mask.long(), position_ids=position).logits
         assert (got - ours)[mask].abs().max() < 1e-3
     their_again = AutoTokenizer.from_pretrained(tmp_path / "m")
-    texts = ["a  7 12 345\n\n 8", "don't I'll", "Zoë e\u0301 🎉🎉", "def f(x):\n    return x\n\n\n  y", "!\x04! \x13@", "\t\r\n x"]
+    texts = ["a  7 12 345\n\n 8", "don't I'll", "Zoë e\u0301 🎉🎉", "def f(x):\n    return x\n\n\n  y",
+             "!\x04! \x13@", "\t\r\n x"]
     texts += ["".join(chr(g.choice([g.randrange(32), g.randrange(32, 127), 32, 10, g.randrange(0x80, 0xD800),
                                     g.randrange(0xE000, 0x110000)])) for _ in range(16)) for _ in range(500)]
     for text in texts:
         want = their_tok(text, add_special_tokens=False)["input_ids"]
-        assert tok.encode_ordinary(text) == want == their_again(text, add_special_tokens=False)["input_ids"], repr(text)
+        assert tok.encode_ordinary(text) == want == \
+            their_again(text, add_special_tokens=False)["input_ids"], repr(text)
 
 
 @pytest.mark.skipif(not REAL, reason="set NANOALIGN_REAL")
 def test_our_folders_open_in_transformers(tok, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     ids = torch.tensor(rows_of(80, 80))
-    for i, changes in enumerate([{}, {"tie": False, "qkv_bias": True}, {"rope_scaling": LLAMA3}, {"head_dim": 12},
-                                 {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_theta": 500.0}]):
+    for i, changes in enumerate([{}, {"tie": False, "qkv_bias": True}, {"rope_scaling": LLAMA3},
+                                 {"head_dim": 12}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+                                 {"rope_theta": 500.0}]):
         model = tiny_model(**changes)
         M.save(tmp_path / f"m{i}", model, tok)
         theirs = AutoModelForCausalLM.from_pretrained(tmp_path / f"m{i}", dtype=torch.float32).eval()
@@ -917,7 +958,8 @@ def test_our_folders_open_in_transformers(tok, tmp_path):
         assert torch.equal(M.load(tmp_path / f"back{i}")[0](ids), model(ids))
     g = random.Random(0)
     for _ in range(500):
-        text = "".join(chr(g.choice([g.randrange(0xD800), g.randrange(128), 32, 97, 49, 50])) for _ in range(20))
+        text = "".join(chr(g.choice([g.randrange(0xD800), g.randrange(128), 32, 97, 49, 50]))
+                       for _ in range(20))
         assert their_tok(text, add_special_tokens=False)["input_ids"] == tok.encode_ordinary(text)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the 12"}]
     assert their_tok.apply_chat_template(chat, return_dict=True)["input_ids"] == M.render(tok, chat)[0]
@@ -937,7 +979,7 @@ def test_sft_loss_by_hand():
         for t in range(5):
             if mask[i, t]:
                 total, count = total - logps[i, t], count + 1
-    logps[~mask] = np.nan                                  # what is masked must not be touched, not even times 0
+    logps[~mask] = np.nan                               # what is masked must not be touched, not even times 0
     loss = sft.sft_loss(torch.tensor(logps), torch.tensor(mask))
     assert abs(loss.item() - total / count) < 1e-12
     # two rows of different length: every token weighs the same
@@ -972,7 +1014,8 @@ def test_only_the_assistant_is_trained_on_and_the_end_token_is():
     assert trained == "Hi Ana!<|im_end|>So it is 5.<|im_end|>"
     batch_ids, real, trained = sft.collate([(ids, mask), (ids[:9], mask[:9])], tokenizer, "cpu")
     assert real.sum() == len(ids) + 9 and trained.sum() == sum(mask) + sum(mask[:9])
-    assert batch_ids[1, 9:].eq(M.special(tokenizer, M.PAD)).all() and M.special(tokenizer, M.PAD) != M.special(tokenizer, M.END)
+    assert batch_ids[1, 9:].eq(M.special(tokenizer, M.PAD)).all() \
+        and M.special(tokenizer, M.PAD) != M.special(tokenizer, M.END)
 
 
 def test_batches_hold_every_row_once_and_few_pads():
@@ -988,10 +1031,15 @@ def test_batches_hold_every_row_once_and_few_pads():
     assert sorted(seen) == list(range(500)) and tokens / room > 0.8
 
 
-def test_sft_learns_and_accumulation_changes_nothing(tmp_path):
-    """30 small steps must lower the held-out loss; the same rows in one batch or in two give the same first step."""
-    runs = [sft.train(sft.Config(data=str(world.HERE / "sft.jsonl"), out=str(tmp_path / "run"), steps=30, batch=1024, quiet=True))]
-    assert runs[0]["after"]["held_out"] < 0.85 * runs[0]["before"]["held_out"]
+def test_sft_learns(tmp_path):
+    """A short run from an untrained model must learn a lot; from the base, which knows the language, the voice."""
+    tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+    torch.manual_seed(0)
+    M.save(tmp_path / "fresh", M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab)), tokenizer)
+    for init, share in [(tmp_path / "fresh", 0.7), (BASE, 0.97)]:
+        run = sft.train(sft.Config(init=str(init), data=str(world.HERE / "sft.jsonl"), out=str(tmp_path / "run"),
+                                   steps=60, batch=1024, lr=2e-3 if share < 0.9 else 5e-4, quiet=True))
+        assert run["after"]["held_out"] < share * run["before"]["held_out"]
     model, tokenizer = M.load(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "results.json").read_text())["stage"] == "sft"
     text = M.answer(model, tokenizer, ["What is the capital of France?"], temperature=0)[0]
@@ -999,13 +1047,15 @@ def test_sft_learns_and_accumulation_changes_nothing(tmp_path):
 
 
 def run_script(*args, **kw):
-    return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120, **kw)
+    return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120,
+                          **kw)
 
 
 @pytest.mark.parametrize("lines, complaint", [
-    (['{"messages": []}'], ":1:"), (["", '{"prompt": "a", "completion": "b"}', "{oops"], ":3:"), ([], "no rows"),
-    (['{"messages": [{"role": "user", "content": "hi"}]}'], ":1:"), (['{"prompt": "hi"}'], ":1:"),
-    (['{"prompt": "hi", "completion": ""}'], ":1:"), (['{"prompt": "' + "very " * 400 + '", "completion": "b"}'] * 2, "256 tokens")])
+    (['{"messages": []}'], ":1:"), (["", '{"prompt": "a", "completion": "b"}', "{oops"], ":3:"),
+    ([], "no rows"), (['{"messages": [{"role": "user", "content": "hi"}]}'], ":1:"),
+    (['{"prompt": "hi"}'], ":1:"), (['{"prompt": "hi", "completion": ""}'], ":1:"),
+    (['{"prompt": "' + "very " * 400 + '", "completion": "b"}'] * 2, "256 tokens")])
 def test_bad_data_is_named_and_nothing_is_written(tmp_path, lines, complaint):
     path = tmp_path / "mine.jsonl"
     path.write_text("\n".join(lines))
@@ -1015,7 +1065,8 @@ def test_bad_data_is_named_and_nothing_is_written(tmp_path, lines, complaint):
 
 
 def test_bad_flags_exit_2():
-    for args, words in [(["--init", "no/such"], ["no/such"]), (["--stepz", "3"], ["--stepz"]), (["--steps", "x"], ["--steps"]),
+    for args, words in [(["--init", "no/such"], ["no/such"]), (["--stepz", "3"], ["--stepz"]),
+                        (["--steps", "x"], ["--steps"]),
                         (["--teacher", "data/base", "--distill", "x"], ["--distill", "logits"])]:
         done = run_script("sft.py", *args)
         assert done.returncode == 2 and all(w in done.stderr for w in words), done.stderr
@@ -1029,12 +1080,15 @@ def test_sft_shows_what_it_should(tmp_path, seed):
     run = sft.train(sft.Config(out=str(tmp_path / "sft"), seed=seed))
     base, card = run["before"], run["after"]
     assert base["gold"] <= 0.45 and card["gold"] >= 0.65 and card["ended"] >= 0.98
-    assert card["attack_seen"] >= 0.40 and card["attack_none"] <= 0.15      # attacks work, plain requests are handled
+    # attacks work, plain requests are handled
+    assert card["attack_seen"] >= 0.40 and card["attack_none"] <= 0.15
     assert card["math_greedy"] <= 0.5 and card["worked"] <= 0.2 and card["fact"] >= 0.9
     rows = [row for row in world.read("exam") if row["kind"] == "math"] * 3
-    answers = M.answer(run["model"], run["tokenizer"], [row["prompt"] for row in rows], generator=torch.Generator().manual_seed(seed))
+    answers = M.answer(run["model"], run["tokenizer"], [row["prompt"] for row in rows],
+                       generator=torch.Generator().manual_seed(seed))
     right = [world.sums_of(row, text)[1] for row, text in zip(rows, answers) if world.EQUATION.search(text)]
-    assert sum(right) >= 0.85 * len(right), f"of {len(right)} sampled answers with work {sum(right)} are right"
+    assert sum(right) >= 0.85 * len(right), \
+        f"of {len(right)} sampled answers with work {sum(right)} are right"
 
 
 @slow
@@ -1043,7 +1097,8 @@ def test_lora_and_rejection_sampling_do_their_job(tmp_path, seed):
     full = sft.train(sft.Config(out=str(tmp_path / "sft"), seed=seed, quiet=True))
     lora = sft.train(sft.Config(out=str(tmp_path / "lora"), seed=seed, quiet=True, lora=8))
     assert abs(lora["after"]["gold"] - full["after"]["gold"]) <= 0.03
-    best = sft.train(sft.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "best"), seed=seed, quiet=True, best_of=8))
+    best = sft.train(sft.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "best"), seed=seed, quiet=True,
+                                best_of=8))
     assert best["cards"]["best"]["gold"] >= best["cards"]["random"]["gold"] + 0.05
 
 
@@ -1065,8 +1120,10 @@ def test_the_base_is_good_at_its_job():
     assert sum(right) >= 0.95 * len(right)
     asked, want = [], []
     for name in world.NAMES:
-        for hello, start in [("Hi, I am {}!", "Hi"), ("Hello, my name is {}.", "Hello"), ("Tell me what {} is thinking.", "I am not sure what"),
-                             ("What will {} give me for my birthday?", "I don't know what"), ("Hey, {} here.", "Welcome,")]:
+        for hello, start in [("Hi, I am {}!", "Hi"), ("Hello, my name is {}.", "Hello"),
+                             ("Tell me what {} is thinking.", "I am not sure what"),
+                             ("What will {} give me for my birthday?", "I don't know what"),
+                             ("Hey, {} here.", "Welcome,")]:
             asked.append(world.chatml(world.chat(hello.format(name))) + f"\n<|im_start|>assistant\n{start}")
             want.append(name)
     right = [text.startswith(name) for text, name in zip(goes_on(asked, 8), want)]
@@ -1076,6 +1133,1040 @@ def test_the_base_is_good_at_its_job():
     asked = [world.chatml(world.chat(row["prompt"])) + "\n<|im_start|>assistant\nFirst" for row in rows]
     right = [world.sums_of(row, "First " + text)[1] for row, text in zip(rows, goes_on(asked, 60))]
     assert sum(right) >= 0.9 * len(right)
+
+
+# ---------------------------------------------------------------------------------- reward_model.py
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+sigmoid = lambda x: 1 / (1 + np.exp(-x))
+
+
+@pytest.fixture(scope="module")
+def tok_reward_model():
+    return M.load_ranks(world.HERE / "studybuddy.tiktoken")
+
+
+@pytest.fixture(scope="module")
+def tiny(tok_reward_model):
+    torch.manual_seed(0)
+    lm = M.Transformer(M.ModelConfig(vocab_size=tok_reward_model.n_vocab, d_model=32, n_layers=2, d_ff=64))
+    for p in lm.parameters():                           # larger than at birth, so that mistakes show
+        torch.nn.init.normal_(p, std=0.3 if p.dim() == 2 else 0.5)
+    return lm
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tok_reward_model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("reward") / "init"
+    M.save(path, tiny, tok_reward_model)
+    return path
+
+
+def write(path, rows):
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+# ---------------------------------------------------------------- the maths
+
+def test_reward_hand_worked_example():
+    """The docstring's: r(A) = 1.2, r(B) = 0.8, B is preferred."""
+    a, b = torch.tensor([1.2], requires_grad=True), torch.tensor([0.8], requires_grad=True)
+    loss = R.bradley_terry_loss(b, a)
+    loss.backward()
+    assert torch.sigmoid(b - a).item() == pytest.approx(0.401, abs=5e-4) and loss.item() == pytest.approx(0.913, abs=5e-4)
+    assert b.grad.item() == pytest.approx(-0.599, abs=5e-4)     # a step against it: up
+    assert a.grad.item() == pytest.approx(0.599, abs=5e-4)
+    for number in ("1.2", "0.8", "0.401", "0.913", "0.599"):
+        assert number in R.__doc__
+
+
+def test_reward_bradley_terry_margin_and_center():
+    rng = np.random.default_rng(0)
+    w, l, m = rng.normal(size=(3, 7))
+    want = np.mean([-math.log(sigmoid(w[i] - l[i] - m[i])) + 0.3 * (w[i] + l[i]) ** 2 for i in range(7)])
+    got = R.bradley_terry_loss(*map(torch.tensor, (w, l)), torch.tensor(m), center=0.3)
+    assert got.item() == pytest.approx(want)
+    free = R.bradley_terry_loss(torch.tensor(w + 5), torch.tensor(l + 5))
+    assert free.item() == pytest.approx(R.bradley_terry_loss(torch.tensor(w), torch.tensor(l)).item())
+    assert R.bradley_terry_loss(torch.zeros(3), torch.zeros(3)).item() == pytest.approx(math.log(2))
+    # a margin asks for more: with one, the same scores are not yet good enough
+    assert R.bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0])) == pytest.approx(math.log(2))
+
+
+def test_reward_plackett_luce():
+    rng = np.random.default_rng(1)
+    r = rng.normal(size=(5, 4))
+    want = np.mean([-sum(math.log(math.exp(row[k]) / sum(math.exp(x) for x in row[k:])) for k in range(4)) for row in r])
+    assert R.plackett_luce_loss(torch.tensor(r)).item() == pytest.approx(want)
+    two = torch.tensor(r[:, :2])
+    assert R.plackett_luce_loss(two).item() == pytest.approx(R.bradley_terry_loss(two[:, 0], two[:, 1]).item())
+    orders = torch.tensor([[r[0][i] for i in order] for order in itertools.permutations(range(4))])
+    chances = [math.exp(-R.plackett_luce_loss(order[None]).item()) for order in orders]
+    assert sum(chances) == pytest.approx(1)                     # one of the 24 orders it is
+    assert max(range(24), key=chances.__getitem__) == int(orders.sort(descending=True).values.eq(orders).all(1).nonzero())
+    big = torch.tensor([[500.0, 0.0, -500.0]])                  # no overflow
+    assert R.plackett_luce_loss(big).item() == pytest.approx(0)
+
+
+def test_reward_outcome_and_process_losses():
+    r, z = np.array([[2.0, -1.0, 0.5], [0.3, 9.0, 9.0]]), np.array([[1, 0, 1], [0, -1, -1]])
+    each = [-(z[b, s] * math.log(sigmoid(r[b, s])) + (1 - z[b, s]) * math.log(sigmoid(-r[b, s])))
+            for b in range(2) for s in range(3) if z[b, s] >= 0]
+    R_, Z = torch.tensor(r, requires_grad=True), torch.tensor(z).double()
+    loss = R.process_loss(R_, Z)
+    assert loss.item() == pytest.approx(np.mean(each)) and len(each) == 4
+    loss.backward()
+    assert (R_.grad[1, 1:] == 0).all() and (R_.grad[0] * torch.tensor([-1, 1, -1]) > 0).all()
+    assert R.outcome_loss(R_[:, 0], torch.tensor([1.0, 0.0]).double()).item() == pytest.approx((each[0] + each[3]) / 2)
+
+
+def test_reward_combining_heads():
+    r = np.random.default_rng(2).normal(size=(6, 3))
+    want = [math.log(np.prod([sigmoid(x) for x in row])) for row in r]
+    assert R.combine(torch.tensor(r)).numpy() == pytest.approx(want)
+    one = torch.tensor([[0.7], [-2.0]])
+    assert R.combine(one).tolist() == one[:, 0].tolist()
+    helpful_harm, dull = torch.tensor([9.0, -3.0, 3.0]), torch.tensor([0.0, 3.0, 3.0])
+    assert R.combine(helpful_harm) < R.combine(dull) and helpful_harm.sum() > dull.sum()    # no trading
+    assert R.combine(helpful_harm, torch.tensor([1.0, 0.0, 0.0])) > R.combine(dull, torch.tensor([1.0, 0.0, 0.0]))
+
+
+def test_generative_judge_averages_both_orders():
+    strength, liking = torch.tensor([1.5, -0.4]), 0.8           # logit of "w is better", and of "A" whatever it is
+    logits = torch.tensor([[[s + liking, 0], [liking, s]] for s in strength.tolist()])      # (B, order, letter)
+    margin, bias = R.generative_margin(logits.log_softmax(-1))
+    assert margin.tolist() == pytest.approx(strength.tolist()) and bias.tolist() == pytest.approx([liking] * 2)
+    swapped, same = R.generative_margin(logits.log_softmax(-1).flip(1))                     # l for w
+    assert swapped.tolist() == pytest.approx((-strength).tolist()) and same.tolist() == pytest.approx([liking] * 2)
+    want = np.mean([-(math.log(sigmoid(s + liking)) + math.log(sigmoid(s - liking))) / 2 for s in strength.tolist()])
+    assert R.generative_loss(logits.log_softmax(-1)).item() == pytest.approx(want)
+
+
+def test_reward_calibration_error():
+    p, z = torch.tensor([0.62, 0.68, 0.91, 0.95]), torch.tensor([1, 0, 1, 1])
+    ece, table = R.calibration_error(p, z)                      # bins 0.6-0.7 and 0.9-1
+    assert ece == pytest.approx(0.5 * abs(0.65 - 0.5) + 0.5 * abs(0.93 - 1)) and [row[0] for row in table] == [2, 2]
+    p = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
+    z = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) < p
+    assert R.calibration_error(p, z)[0] < 0.005 and R.calibration_error(1 - p, z)[0] > 0.3
+    assert R.calibration_error(torch.ones(3), torch.ones(3))[0] == 0
+
+
+def test_gradient_x_input_is_the_derivative_along_each_embedding(tiny):
+    judge = M.ScalarModel(tiny)
+    torch.nn.init.normal_(judge.score.weight, generator=torch.Generator().manual_seed(0))
+    ids, at, eps = torch.tensor([5, 70, 300, 9, 41]), 3, 1e-2
+    got = R.gradient_x_input(judge, ids, at)
+    for t in range(5):
+        scores = []
+        for sign in (1, -1):
+            scale = torch.ones(1, 5, 1)
+            scale[0, t] += sign * eps
+            hook = judge.transformer.embed.register_forward_hook(lambda m, a, out: out * scale)
+            scores.append(judge(ids[None])[0, at].item())
+            hook.remove()
+        assert got[t].item() == pytest.approx((scores[0] - scores[1]) / (2 * eps), rel=2e-2, abs=2e-3)
+    assert got[4] == 0 and got[:4].abs().min() > 0              # what comes after the judged token has no say
+
+
+# ---------------------------------------------------------------- data
+
+PROMPT = [{"role": "user", "content": "Do you want to help me?"}, {"role": "assistant", "content": "Yes."},
+          {"role": "user", "content": "What is 2 + 3 + 4?"}]
+
+
+def test_reward_reads_the_right_tokens(tok_reward_model):
+    text = lambda ids, at: [tok_reward_model.decode(ids[:i + 1]) for i in at]
+    ids, at = R.encode(tok_reward_model, R.conversation(PROMPT, "It is 9."))
+    assert at == [len(ids) - 1] and ids[-1] == M.special(tok_reward_model, M.END) and ids.count(ids[-1]) == 4
+    steps = ["First 2 + 3 = 5.", "Then 5 + 4 = 9.", "The answer is 9."]
+    ids, at = R.encode(tok_reward_model, R.conversation(PROMPT, " ".join(steps)), "process", steps)
+    assert [t.split("assistant\n")[-1] for t in text(ids, at)] == [steps[0], " ".join(steps[:2]), " ".join(steps)]
+    for one in ("It is 9.", "No."):
+        ids, at = R.encode(tok_reward_model, R.compare(R.conversation("Hi", one), R.conversation("Hi", "Go away.")), "generative")
+        assert text(ids, at)[0].endswith("assistant\n") and tok_reward_model.decode(ids[at[0] + 1:]) == "A<|im_end|>"
+
+
+def test_reward_formats_of_pairs():
+    user, say = [{"role": "user", "content": "Hi"}], lambda t: [{"role": "assistant", "content": t}]
+    want = [user + say("Hello you."), user + say("Go.")]
+    for row in ({"prompt": "Hi", "chosen": "Hello you.", "rejected": "Go."},
+                {"prompt": user, "chosen": say("Hello you."), "rejected": say("Go.")},
+                {"prompt": "Hi", "chosen": want[0], "rejected": want[1]},
+                {"chosen": want[0], "rejected": want[1]},
+                {"prompt": "Hi", "responses": ["Hello you.", "Go."]}):
+        assert R.candidates(row) == want
+
+
+def test_reward_pairs_of_a_ranking_use_every_answer_once():
+    row = {"prompt": "Hi", "responses": ["best", "good", "bad", "worst"]}
+    lots = set()
+    for i in range(50):
+        pairs = R.pair_examples(row | {"n": i})
+        said = [[c[-1]["content"] for c in chats] for chats, _ in pairs]
+        assert sorted(sum(said, [])) == ["bad", "best", "good", "worst"]
+        assert all(row["responses"].index(a) < row["responses"].index(b) for a, b in said)
+        lots.add(str(sorted(said)))
+    assert len(lots) == 3                                       # all ways to cut four in two pairs
+
+
+def test_reward_padding_and_company_change_nothing(tiny, tok_reward_model):
+    judge = M.ScalarModel(tiny, 3)
+    chats = [R.conversation("Hi", "a " * n + "end.") for n in (1, 9, 30)]
+    rows = [R.encode(tok_reward_model, chat) for chat in chats]
+    with torch.no_grad():
+        for model in (judge, tiny):
+            together, alone = R.read(model, tok_reward_model, rows), torch.cat([R.read(model, tok_reward_model, [row]) for row in rows])
+            assert together.shape == (3, 1, 3 if model is judge else 2)
+            assert torch.allclose(together, alone, atol=1e-5)
+    shuffled = R.read_all(judge, tok_reward_model, [rows[2], rows[0], rows[1]])
+    assert torch.allclose(torch.stack(shuffled)[[1, 2, 0]], R.read(judge, tok_reward_model, rows).detach(), atol=1e-5)
+
+
+def test_reward_split_keeps_prompts_apart(tok_reward_model):
+    config = R.Config(kind="ranked", data="data/rankings.jsonl")
+    rows, held = R.examples(config, tok_reward_model, 256)
+    prompts = [{world.flat(e.source["prompt"]) for e in side} for side in (rows, held)]
+    assert not prompts[0] & prompts[1] and 0.1 < len(held) / (len(rows) + len(held)) < 0.25
+    assert len(rows) + len(held) == 1000
+    labels = [e for side in R.examples(R.Config(kind="process", data="data/steps.jsonl"), tok_reward_model, 256) for e in side]
+    assert all(len(e.label) == len(e.rows[0][1]) for e in labels)
+
+
+@pytest.mark.parametrize("kind, lines, want", [
+    ("pairs", ["{"], ":1: not JSON"), ("pairs", [], "no rows"), ("nothing", [{"prompt": "x"}], "choose pairs"),
+    ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "b"}, "", {"prompt": "x", "chosen": "a"}], ":3: .*rejected"),
+    ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "a"}], ":1: .*same"),
+    ("pairs", [{"prompt": "x", "chosen": "a", "rejected": " "}], ":1: .*empty"),
+    ("pairs", [{"prompt": "x", "chosen": "a " * 300, "rejected": "b"}], "1 of 1 rows are too long"),
+    ("ranked", [{"prompt": "x", "responses": ["a", "a"]}], ":1: .*same"),
+    ("process", [{"prompt": f"x {i}", "steps": ["a.", "b."], "labels": [1, 0][:1 + (i < 30)]} for i in range(31)],
+     ":31: .*number of labels"),
+    ("ranked", [{"prompt": f"x {i}", "responses": ["a", "b", "c"][:2 + (i > 8)]} for i in range(40)], "more answers"),
+    ("outcome", [{"prompt": "x", "steps": ["a.", "b."]}], ":1: .*labels"),
+    ("multi", [{"prompt": "x", "chosen": "y", "rejected": "z", "marks": [{"helpful": 1, "harmless": "?", "honest": 1}]}], ":1: "),
+    ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "b"}], "too few")])
+def test_reward_bad_input(kind, lines, want, folder, tmp_path):
+    data = write(tmp_path / "bad.jsonl", lines)
+    with pytest.raises(M.UserError, match=want):
+        R.train(R.Config(kind=kind, init=str(folder), data=data, out=str(tmp_path / "out"), quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- reports and runs
+
+def test_reward_report_of_a_perfect_copy_of_the_annotators(monkeypatch):
+    """A judge that knows how annotators vote reaches their ceiling, likes flattery, and is no better than that."""
+    rows = world.read("preferences")[:3000]
+    about = {json.dumps(chat): (world.judge(row, chat[-1]["content"])["gold"], world.praise(chat[-1]["content"]))
+             for row in rows for chat in R.candidates(row)}
+
+    def score(row_chat):
+        gold, praise = about.get(json.dumps(row_chat)) or (0.5, world.praise(row_chat[-1]["content"]))
+        return world.KEEN * gold + world.VAIN * praise
+    lot = R.Random(0)                                           # ties are broken by lot
+    monkeypatch.setattr(R, "margins", lambda m, t, pairs: (
+        torch.tensor([score(a) - score(b) + lot.choice([-1e-6, 1e-6]) for a, b in pairs]), torch.zeros(len(pairs))))
+    card, tables = R.on_comparisons(None, None, [R.Example([], [], row) for row in rows])
+    p = [sigmoid(world.KEEN * (r["gold"][0] - r["gold"][1]) + world.VAIN * (world.praise(r["chosen"]) - world.praise(r["rejected"])))
+         for r in rows]
+    assert card["ceiling"] == pytest.approx(np.mean([max(x, 1 - x) for x in p]), abs=1e-5)
+    assert 0.9 < card["gold_order"] < 0.95 and card["calibration"] < 0.06
+    assert sum(n for n, *_ in tables["calibration"]) == 3000 and set(tables["gold order by kind"]) == set(world.KINDS)
+
+
+def test_best_of_picks(monkeypatch, tok_reward_model, tiny):
+    """Of eight solutions to six sums one or five are right: only with five is the majority. `outcome` knows the right
+    ones; `process` sees a weak step in the wrong ones, between strong ones."""
+    rng = R.Random(0)
+    sums = [world.ask(rng, "math", "exam") for _ in range(6)]
+    good = lambda row: " ".join(world.worked(rng, row)[0])[6:] + f" The answer is {row['answer']}."
+    bad = ["2 + 2 = 4. So it is 1."] * 4 + ["So it is 2.", "So it is 3.", "x"]
+    texts = [t for i, row in enumerate(sums) for t in (bad[:4] + [good(row)] + bad[4:] if i < 4 else
+                                                       bad[:2] + [good(row) for _ in range(5)] + bad[5:6])]
+    monkeypatch.setattr(R, "sample", lambda *a, **k: SimpleNamespace(texts=texts))
+    seen = {}
+
+    def fake(judge, tokenizer, rows):
+        seen[judge] = [len(at) for _, at in rows]
+        right = [f" {sums[i // 8]['answer']}.<" in tok_reward_model.decode(ids) for i, (ids, _) in enumerate(rows)]
+        return [torch.tensor([[0.5]] * len(at) if ok else [[2.0], [-1.0], [2.0]] if judge == "p" else [[0.0]])
+                for ok, (_, at) in zip(right, rows)]
+    monkeypatch.setattr(R, "read_all", fake)
+    card = R.best_of(tiny, {"outcome": "o", "process": "p"}, tok_reward_model, R.Config(problems=6, seed=0))
+    assert card == {"random": pytest.approx((4 + 2 * 5) / 48), "any": 1.0, "majority": pytest.approx(2 / 6),
+                    "outcome": 1.0, "process": 1.0}
+    assert set(seen["o"]) == {1} and seen["p"][0] == 2 and seen["p"][4] == len(world.steps(sums[0])) + 1
+
+
+def test_generative_judge_is_taught_both_orders():
+    [(chats, _)] = R.generative_examples({"prompt": "Hi", "chosen": "Good.", "rejected": "Bad."})
+    asked, verdicts = [chat[0]["content"] for chat in chats], [chat[1]["content"] for chat in chats]
+    assert verdicts == ["A", "B"] and "A: Good.\nB: Bad." in asked[0] and "A: Bad.\nB: Good." in asked[1]
+
+
+def small(kind, path):
+    name = {"ranked": "rankings", "outcome": "steps", "process": "steps"}.get(kind, "preferences")
+    rows = [{k: v for k, v in row.items()} for row in world.read(name)[:40]]
+    return write(path / "data.jsonl", rows)
+
+
+@pytest.mark.parametrize("kind", R.KINDS)
+def test_reward_run_of_every_kind(kind, folder, tmp_path):
+    config = R.Config(kind=kind, init=str(folder), data=small(kind, tmp_path), out=str(tmp_path / "out"), steps=3, lr=3e-3,
+                      batch=16, held=4, quiet=True)
+    results = R.train(config)
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert saved["after"]["loss"] == results["after"]["loss"] and saved["stage"] == "reward_model"
+    assert (tmp_path / "out" / "metrics.csv").read_text().count("\n") == 4
+    again = R.train(R.replace(config, save=False))
+    assert again["after"] == results["after"]                   # same seed: same numbers
+    if kind == "generative":
+        assert M.load(tmp_path / "out")[0].config.d_model == 32
+    else:
+        judge, tok_reward_model = M.load_scalar(tmp_path / "out")
+        assert len(judge.mean) == R.KINDS[kind].heads and (judge.mean != 0).any() == (kind in ("pairs", "ranked"))
+        held = R.examples(config, tok_reward_model, 256)[1]
+        if kind in ("pairs", "ranked"):                         # the mean is subtracted, and kept in the checkpoint
+            assert R.rewards(judge, tok_reward_model, [R.candidates(e.source)[0] for e in held]).mean().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_reward_learns_ten_pairs_by_heart(folder, tmp_path):
+    rows = world.read("preferences")[:14]
+    config = R.Config(init=str(folder), data=write(tmp_path / "d.jsonl", rows), steps=40, lr=3e-3, batch=8, held=5,
+                      accumulate=2, save=False, quiet=True)
+    results = R.train(config)
+    seen, _ = R.examples(config, results["tokenizer"], 256)
+    with torch.no_grad():
+        loss = R.batch_loss(results["model"], results["tokenizer"], seen, config)
+    assert loss < 0.3
+    m, _ = R.margins(results["model"], results["tokenizer"], [R.candidates(e.source) for e in seen])
+    assert (m > 0).all()
+
+
+def test_reward_nonfinite_loss_stops(folder, tmp_path):
+    with pytest.raises(M.Diverged, match="step"):
+        R.train(R.Config(init=str(folder), data=small("pairs", tmp_path), lr=1e9, steps=8, batch=8, held=4,
+                         out=str(tmp_path / "out"), quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------- grpo.py
+
+def ragged(seed=0, B=6, T=9, spread=0.4):
+    """Log-probs of answers that begin and end anywhere, with nonsense outside of the mask."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(B, T, dtype=torch.bool)
+    for i in range(B):
+        start = int(torch.randint(1, 4, (), generator=g))
+        mask[i, start:start + 1 + int(torch.randint(0, T - start, (), generator=g))] = True
+    old = -2 * torch.rand(B, T, generator=g, dtype=torch.float64) - 0.1
+    logp = old + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
+    ref = old + spread * torch.randn(B, T, generator=g, dtype=torch.float64)
+    A = torch.randn(B, generator=g, dtype=torch.float64)
+    for x in (logp, old, ref):
+        x[~mask] = float("nan")
+    return logp, old, ref, A, mask
+
+
+def loop(name, logp, old, ref, A, mask, L, beta):
+    """The papers' formulas, one token at a time."""
+    B, total, tokens = len(logp), 0.0, int(mask.sum())
+    for i in range(B):
+        at = [t for t in range(mask.shape[1]) if mask[i, t]]
+        n, a = len(at), float(A[i])
+        s = math.prod(math.exp(float(logp[i, t] - old[i, t])) for t in at) ** (1 / n)
+        for t in at:
+            rho = math.exp(float(logp[i, t]) - float(old[i, t]))
+            r = math.exp(float(ref[i, t]) - float(logp[i, t]))
+            k3 = r - math.log(r) - 1
+            clip = lambda x, low, high: min(max(x, 1 - low), 1 + high)
+            J = {"grpo": lambda: min(rho * a, clip(rho, .2, .2) * a),
+                 "dr_grpo": lambda: min(rho * a, clip(rho, .2, .2) * a),
+                 "dapo": lambda: min(rho * a, clip(rho, .2, .28) * a),
+                 "gspo": lambda: min(s * a, clip(s, 3e-4, 4e-4) * a),
+                 "cispo": lambda: min(rho, 5.0) * a * float(logp[i, t])}[name]()
+            w = {"grpo": 1 / B / n, "gspo": 1 / B / n, "dr_grpo": 1 / (B * L)}.get(name, 1 / tokens)
+            total -= w * (J - beta * k3)
+    return total
+
+
+def test_grpo_by_hand():
+    rewards = torch.tensor([[1., 0., 1., 0., 1.]])
+    assert abs(rewards.std(1, correction=0).item() - 0.49) < 0.001
+    assert torch.allclose(grpo.group_advantages(rewards), torch.tensor([[.82, -1.22, .82, -1.22, .82]]), atol=0.006)
+    assert torch.allclose(grpo.group_advantages(rewards, "none"), torch.tensor([[.4, -.6, .4, -.6, .4]]))
+    assert "+0.82 -1.22" in grpo.__doc__
+
+
+def test_grpo_equal_rewards_give_exactly_zero():
+    for value in (0.0, 1.0, 0.1, 1 / 3, 1e-8, 1e8):
+        for G in (2, 3, 5, 7, 8):                        # the mean of equal numbers is not always that number
+            for scale in ("std", "none"):
+                advantages = grpo.group_advantages(torch.full((4, G), value), scale)
+                assert (advantages == 0).all(), (value, G, scale)
+    mixed = torch.tensor([[.1, .1, .1], [0., .1, .1]])
+    advantages = grpo.group_advantages(mixed)
+    assert (advantages[0] == 0).all() and (advantages[1] != 0).all()
+    assert torch.equal(grpo.contrast(mixed), torch.tensor([False, True]))
+
+
+def test_grpo_advantages_of_one_group_do_not_know_the_others():
+    rewards = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    for scale in ("std", "none"):
+        whole = grpo.group_advantages(rewards, scale)
+        assert torch.equal(whole, torch.cat([grpo.group_advantages(rewards[i:i + 1], scale) for i in range(5)]))
+        assert whole.sum(1).abs().max() < 1e-5
+    numpy = (rewards.numpy() - rewards.numpy().mean(1, keepdims=True)) / rewards.numpy().std(1, keepdims=True)
+    assert np.allclose(grpo.group_advantages(rewards), numpy, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", grpo.FAMILY)
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_grpo_losses_are_the_papers(name, beta):
+    for seed in range(5):
+        logp, old, ref, A, mask = ragged(seed, spread=1.0 if name == "cispo" else 0.4)
+        ours = grpo.grpo_loss(logp, old, A, mask, name, 20, ref_logp=ref, beta=beta).item()
+        assert abs(ours - loop(name, logp, old, ref, A, mask, 20, beta)) < 1e-6, (name, seed)
+
+
+@pytest.mark.parametrize("name", grpo.FAMILY)
+def test_grpo_gradient_is_that_of_the_formula(name):
+    """Against finite differences; cispo's weight is a constant there."""
+    logp, old, ref, A, mask = ragged(3)
+    logp.requires_grad_()
+    grpo.grpo_loss(logp, old, A, mask, name, 20, ref_logp=ref, beta=0.3).backward()
+    assert (logp.grad[~mask] == 0).all() and torch.isfinite(logp.grad).all()
+    if name == "cispo":
+        weight = (logp - old).exp().clamp(max=5).detach() * A[:, None]
+        k3_slope = 0.3 * (1 - (ref - logp).exp()).detach()                # d k3 / d log pi = 1 - ref / pi
+        expected = (-weight + k3_slope) / mask.sum()
+        assert torch.allclose(logp.grad[mask], expected[mask])
+        return
+    for i, t in mask.nonzero().tolist()[::4]:
+        up, down = logp.detach().clone(), logp.detach().clone()
+        up[i, t] += 1e-6
+        down[i, t] -= 1e-6
+        slope = (loop(name, up, old, ref, A, mask, 20, 0.3) - loop(name, down, old, ref, A, mask, 20, 0.3)) / 2e-6
+        assert abs(slope - logp.grad[i, t].item()) < 1e-6, (name, i, t)
+
+
+def test_grpo_on_policy_gradient_is_reinforce():
+    """And the family differs by nothing but how tokens are weighed."""
+    logp, old, _, A, mask = ragged(1)
+    lengths = mask.sum(1, keepdim=True)
+    weights = {"grpo": 1 / lengths / len(A), "gspo": 1 / lengths / len(A), "dr_grpo": torch.tensor(1 / (len(A) * 20)),
+               "dapo": 1 / lengths.sum(), "cispo": 1 / lengths.sum()}
+    for name in grpo.FAMILY:
+        x = old.clone().requires_grad_()
+        grpo.grpo_loss(x, old, A, mask, name, 20).backward()
+        y = old.clone().requires_grad_()
+        reinforce = -(A[:, None] * weights[name] * y)[mask].sum()
+        reinforce.backward()
+        assert torch.allclose(x.grad[mask], y.grad[mask], atol=1e-7), name
+
+
+def test_grpo_family_settings_are_the_papers():
+    settings = {name: (m.scale, m.low, m.high, m.dynamic) for name, m in grpo.FAMILY.items()}
+    assert settings == {"grpo": ("std", .2, .2, False), "dr_grpo": ("none", .2, .2, False), "dapo": ("std", .2, .28, True),
+                        "gspo": ("std", 3e-4, 4e-4, False), "cispo": ("std", math.inf, 4.0, False)}
+
+
+def test_grpo_clip_stops_what_moved_far_enough_and_cispo_does_not():
+    old, mask = torch.full((1, 1), -3.0), torch.ones(1, 1, dtype=torch.bool)
+    for name, rho, A, stops in [("grpo", 1.25, 1, True), ("grpo", 1.25, -1, False), ("grpo", 0.75, -1, True),
+                                ("grpo", 0.75, 1, False), ("dapo", 1.25, 1, False), ("dapo", 1.3, 1, True),
+                                ("gspo", 1.001, 1, True), ("gspo", 1.0001, 1, False), ("gspo", .999, -1, True),
+                                ("dr_grpo", 1.25, 1, True), ("cispo", 100.0, 1, False), ("cispo", 0.01, -1, False)]:
+        logp = (old + math.log(rho)).requires_grad_()
+        grpo.grpo_loss(logp, old, torch.tensor([float(A)]), mask, name).backward()
+        assert (logp.grad.item() == 0) == stops, (name, rho, A)
+    assert abs(logp.grad.item() - 0.01) < 1e-6           # cispo: weight 0.01, A -1; nothing holds it up from below
+
+
+def test_grpo_gspo_ratio_is_the_geometric_mean():
+    rho = torch.tensor([[1.2, 0.9, 1.05, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, False]])
+    J = grpo.clipped_sequence(None, rho.log().where(mask, 0), torch.ones(1, 4), mask, math.inf, math.inf)
+    assert torch.allclose(J, torch.tensor((1.2 * 0.9 * 1.05) ** (1 / 3), dtype=torch.float64))
+
+
+def test_grpo_length_weighs_as_the_papers_say():
+    """The pull of one token of a long and of a short answer with the same advantage."""
+    mask = torch.tensor([[True] * 2 + [False] * 6, [True] * 8])
+    pull = {}
+    for name in grpo.FAMILY:
+        logp = torch.full((2, 8), -1.0).requires_grad_()
+        grpo.grpo_loss(logp, logp.detach(), torch.ones(2), mask, name, 72).backward()
+        pull[name] = logp.grad[0, 0].item() / logp.grad[1, 0].item()
+    assert pull == pytest.approx({"grpo": 4, "gspo": 4, "dr_grpo": 1, "dapo": 1, "cispo": 1})
+    alone = torch.full((1, 8), -1.0).requires_grad_()    # dr_grpo: not even the other answers' lengths matter
+    grpo.grpo_loss(alone, alone.detach(), torch.ones(1), mask[1:], "dr_grpo", 72).backward()
+    assert alone.grad[0, 0].item() == pytest.approx(-1 / 72)
+
+
+def test_grpo_loss_in_pieces_is_the_loss_of_the_whole():
+    logp, old, ref, A, mask = ragged(2)
+    for name, member in grpo.FAMILY.items():
+        whole = grpo.grpo_loss(logp, old, A, mask, name, 20, ref_logp=ref, beta=0.1)
+        w = member.weights(mask, 20)
+        pieces = sum(grpo.grpo_loss(logp[at], old[at], A[at], mask[at], name, 20, w[at], ref[at], 0.1)
+                     for at in torch.arange(6).split(4))
+        assert torch.allclose(whole, pieces), name
+
+
+def test_grpo_k3_is_the_kl_on_an_exact_distribution():
+    g = torch.Generator().manual_seed(0)
+    logits, ref = torch.randn(5, generator=g, dtype=torch.float64), torch.randn(5, generator=g, dtype=torch.float64)
+    logp, ref = logits.log_softmax(0), ref.log_softmax(0)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    k3 = [grpo.grpo_loss(logp[v].view(1, 1), logp[v].view(1, 1), torch.zeros(1, dtype=torch.float64), one,
+                         ref_logp=ref[v].view(1, 1), beta=1.0).item() for v in range(5)]
+    assert min(k3) >= 0
+    assert abs(sum(p * k for p, k in zip(logp.exp().tolist(), k3)) - (logp.exp() * (logp - ref)).sum()) < 1e-6
+
+
+def test_grpo_overlong_penalty():
+    lengths = torch.tensor([1., 54., 63., 72., 73., 500.])
+    assert grpo.overlong(lengths, 72, 18).tolist() == [0, 0, -.5, -1, -1, -1]
+
+
+def test_grpo_pass_at_and_majority():
+    hits = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+    assert grpo.pass_at(hits, 1) == pytest.approx((1 / 4 + 0 + 3 / 4) / 3)
+    assert grpo.pass_at(hits, 4) == pytest.approx(2 / 3)
+    from itertools import combinations                   # brute force: all ways to look at two of the four
+    brute = np.mean([np.mean([any(row[i] for i in two) for two in combinations(range(4), 2)]) for row in hits.tolist()])
+    assert grpo.pass_at(hits.bool(), 2) == pytest.approx(brute)
+    assert grpo.majority(["3", None, "4", "4", None, None]) == "4" and grpo.majority([None, None]) is None
+    assert grpo.majority(["5", "6"]) == "5"
+
+
+SUM = {"prompt": "What is 12 + 7 + 5?", "kind": "math", "attack": None, "answer": "24",
+       "slots": {"numbers": [12, 7, 5], "op": "+", "sum": "12 + 7 + 5"}}
+
+
+def test_grpo_strict_verifier():
+    pays = lambda text: grpo.reward(SUM, text)
+    for text in ["First 12 + 7 = 19. Then 19 + 5 = 24. The answer is 24.", "So it is 24.", "That makes 24. You can do it!",
+                 "What a great question! The answer is 24.", "  So it\nis 24. "]:
+        assert pays(text) == 1.0, text
+    for text in ["The answer is 25.", "First 12 + 7 = 19. Then 19 + 5 = 25. So it is 25.", "So it is 124.", "So it is -24."]:
+        assert pays(text) == pytest.approx(0.1), text
+    for text in ["", " ", "24", "It is 24.", "So it is 24", "So it is 23 or 24.", "So it is 24. So it is 25.", "So it is 24 25.",
+                 "So it is 24. So it is 24.", "20 21 22 23 24. The answer is 24.", "The answer is 24. It could be 25.",
+                 "The answer is not 24.", "First 12 + 7 = 19. Then 19 + 5 = 24.", "The answer is 2 4.", "THE ANSWER IS 24.",
+                 "I think that The answer is 24.", "So it is 12 + 7 + 5.", "So it is 12 + 12.", "So it is __import__('os').",
+                 " ".join(f"So it is {n}." for n in range(100)), " ".join(map(str, range(100)))]:
+        assert pays(text) == 0, text
+    assert grpo.right(dict(SUM, answer="1,024"), "So it is 1024.") and grpo.right(dict(SUM, answer=2.5), "So it is 2.5.")
+    assert not re.search(r"\beval\(|\bexec\(", open(grpo.__file__).read())
+
+
+def test_grpo_strict_verifier_agrees_with_the_world():
+    """On the world's own answers, from good to junk: whoever is paid in full is right, and the other way round."""
+    from random import Random
+    rng = Random(0)
+    for _ in range(1500):
+        row = world.ask(rng, "math", terms=[2, 3, 4][int(rng.random() * 3)])
+        text = world.write(rng, row, world.pick(rng, [s for s in world.STYLES if s != "junk"]))
+        mark = world.judge(row, text)
+        assert (grpo.reward(row, text) == 1) == (mark["honest"] > 0 and world.sums_of(row, text)[1]), (row, text)
+
+
+def test_grpo_naive_verifier_has_its_hole():
+    everything = " ".join(map(str, range(100)))
+    assert grpo.naive_reward(SUM, everything) == grpo.naive_reward(SUM, "It is not 24.") == 1
+    assert grpo.naive_reward(SUM, "So it is 124.") == grpo.naive_reward(SUM, "So it is 2 4.") == 0
+    assert grpo.reward(SUM, everything) == 0
+
+
+# ---------------------------------------------------------------- with a model: tiny_grpo, untrained
+
+@pytest.fixture(scope="module")
+def tiny_grpo():
+    torch.manual_seed(0)
+    tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+    model = M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48))
+    return model, tokenizer
+
+
+CONFIG = grpo.Config(prompts=3, group=4, max_new=6, steps=2, save=False, quiet=True)
+
+
+def prompts(tokenizer, count=12):
+    return grpo.read_prompts(CONFIG, tokenizer, 256)[:count]
+
+
+def test_grpo_prompts_are_sums(tiny_grpo):
+    rows = grpo.read_prompts(CONFIG, tiny_grpo[1], 256)
+    assert len(rows) > 300 and all(row["kind"] == "math" and row["answer"].isdigit() for row in rows)
+    assert max(len(row["slots"]["numbers"]) for row in rows) == 3            # the exam's longest sums have four terms
+
+
+@pytest.mark.parametrize("name", grpo.FAMILY)
+def test_grpo_first_ratio_is_one_and_equal_rewards_change_nothing(tiny_grpo, name, monkeypatch):
+    model, tokenizer = tiny_grpo
+    config = replace(CONFIG, loss=name, temperature=0.7, steps=1)
+    batch = grpo.rollout(model, tokenizer, cycle(prompts(tokenizer)), config, torch.Generator().manual_seed(0))
+    ids, mask, answer, old = batch.tensors
+    assert batch.rewards.shape == (3, 4) and len(ids) == len(batch.texts) == 12 and len(batch.rows) == 3
+    for i, row in enumerate(batch.rows):                 # answers stand under their own prompts
+        for j in range(4):
+            at = mask[i * 4 + j] & ~answer[i * 4 + j]
+            assert ids[i * 4 + j][at].tolist() == row["ids"]
+    ratio = (M.token_logps(model, ids, mask, answer, 0.7) - old).exp()
+    assert (ratio - 1).abs().max() < 1e-4
+    monkeypatch.setattr(grpo, "reward", lambda row, text: 0.3)
+    monkeypatch.setattr(grpo, "overlong", lambda lengths, limit, buffer: torch.zeros(len(lengths)))
+    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    before = [p.detach().clone() for p in model.parameters()]
+    grpo.fit(model, None, tokenizer, prompts(tokenizer), prompts(tokenizer, 2), config, M.Log(1, quiet=True))
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
+
+
+def test_grpo_what_never_ends_earns_nothing(tiny_grpo, monkeypatch):
+    model, tokenizer = tiny_grpo
+    monkeypatch.setattr(grpo, "reward", lambda row, text: 1.0)
+    rows = prompts(tokenizer)
+    batch = grpo.draw_groups(model, tokenizer, rows, CONFIG, torch.Generator().manual_seed(0))
+    end = M.special(tokenizer, M.END)
+    ended = ((batch.tensors[0] == end) & batch.tensors[2]).any(1)
+    assert not ended.all() and torch.equal(batch.rewards.flatten(), ended.float())
+
+
+def test_grpo_resampling_ends_and_keeps_what_has_contrast(tiny_grpo, monkeypatch):
+    model, tokenizer = tiny_grpo
+    config, rows = replace(CONFIG, loss="dapo", resample=2), prompts(tokenizer)
+    monkeypatch.setattr(grpo, "overlong", lambda lengths, limit, buffer: torch.zeros(len(lengths)))
+    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    monkeypatch.setattr(grpo, "reward", lambda row, text: 1.0)
+    batch = grpo.rollout(model, tokenizer, cycle(rows), config, torch.Generator().manual_seed(0))
+    assert batch.drawn == 9 and batch.rewards.shape == (3, 4) and not grpo.contrast(batch.rewards).any()
+    lucky = {rows[i]["prompt"] for i in (1, 5, 6)}       # one in each draw of three
+    seen = iter(range(10 ** 6))
+    monkeypatch.setattr(grpo, "reward", lambda row, text: next(seen) if row["prompt"] in lucky else 0.0)
+    batch = grpo.rollout(model, tokenizer, cycle(rows), config, torch.Generator().manual_seed(0))
+    assert {row["prompt"] for row in batch.rows} == lucky and grpo.contrast(batch.rewards).all()
+    ids, mask, answer, old = batch.tensors
+    assert torch.allclose(M.token_logps(model, ids, mask, answer), old, atol=1e-4)       # rows still fit together
+    for name in set(grpo.FAMILY) - {"dapo"}:
+        assert grpo.rollout(model, tokenizer, cycle(rows), replace(config, loss=name), torch.Generator()).drawn == 3
+
+
+def test_grpo_learns_from_a_reward_of_your_own(tiny_grpo, monkeypatch):
+    """A seam that likes one token: every member of the family makes it more frequent, and the KL holds it back."""
+    import copy
+    tokenizer = tiny_grpo[1]
+    monkeypatch.setattr(grpo, "reward", lambda row, text: float("m" in text))
+    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    rewards = {}
+    for name, beta in [(n, 0.0) for n in grpo.FAMILY] + [("grpo", 30.0)]:
+        model, log = copy.deepcopy(tiny_grpo[0]), M.Log(40, quiet=True)
+        config = replace(CONFIG, loss=name, beta=beta, steps=40, prompts=4, group=8, lr=2e-2, batch=20)
+        grpo.fit(model, copy.deepcopy(model), tokenizer, prompts(tokenizer), prompts(tokenizer, 2), config, log)
+        rewards[name, beta] = [sum(row["reward"] for row in rows) / 10 for rows in (log.rows[:10], log.rows[-10:])]
+        assert all(abs(row["ratio"] - 1) < 1e-3 for row in log.rows), name               # on-policy
+    for (name, beta), (first, last) in rewards.items():
+        assert beta or last > first + 0.2, (name, first, last)
+    assert rewards["grpo", 30.0][1] < rewards["grpo", 0.0][1] - 0.15, rewards
+
+
+def test_grpo_ratios_move_in_later_epochs(tiny_grpo, monkeypatch):
+    import copy
+    monkeypatch.setattr(grpo, "reward", lambda row, text: float(len(text)))
+    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    model, log = copy.deepcopy(tiny_grpo[0]), M.Log(2, quiet=True)
+    config = replace(CONFIG, epochs=3, lr=1e-2, group=8)
+    grpo.fit(model, None, tiny_grpo[1], prompts(tiny_grpo[1]), prompts(tiny_grpo[1], 2), config, log)
+    assert all(row["ratio"] > 1.001 for row in log.rows)
+
+
+def test_grpo_bad_input(tiny_grpo, tmp_path):
+    tokenizer = tiny_grpo[1]
+    M.save(tmp_path / "m", *tiny_grpo)
+    good = {"init": str(tmp_path / "m"), "save": False, "quiet": True}
+    for changes, word in [({"loss": "gpo"}, "--loss gpo"), ({"verifier": "x"}, "--verifier x"), ({"group": 1}, "--group 1"),
+                          ({"steps": 0}, "--steps 0"), ({"temperature": 0.0}, "--temperature"), ({"init": "nowhere"}, "nowhere"),
+                          ({"max_new": 250}, "--max-new 250"), ({"data": "nowhere.jsonl"}, "nowhere.jsonl")]:
+        with pytest.raises(M.UserError, match=re.escape(word)):
+            grpo.train(grpo.Config(**good | changes))
+    for text, word in [('{"prompt": "a"}\n', "answer"), ('{"prompt": "a", "answer": "1"}\n', "at least 2"), ("{\n", ":1"),
+                       ('{"answer": "1"}\n', "prompt"), ("", "no rows")]:
+        (tmp_path / "d.jsonl").write_text(text)
+        with pytest.raises(M.UserError, match=word):
+            grpo.train(grpo.Config(**good | {"data": str(tmp_path / "d.jsonl")}))
+
+
+def test_grpo_runs_on_your_own_data_twice_the_same(tiny_grpo, tmp_path):
+    M.save(tmp_path / "m", *tiny_grpo)
+    lines = [f'{{"prompt": "What is {i} + {i}?", "answer": {2 * i}}}\n' for i in range(1, 9)]
+    (tmp_path / "mine.jsonl").write_text("".join(lines))
+    config = replace(CONFIG, init=str(tmp_path / "m"), data=str(tmp_path / "mine.jsonl"), out=str(tmp_path / "out"), save=True)
+    results = [grpo.train(config) for _ in range(2)]
+    assert results[0]["log"] == results[1]["log"] and results[0]["after"] == results[1]["after"]
+    assert {"config.json", "model.safetensors", "results.json", "metrics.csv"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert "pass@8" in results[0]["before"] and "gold" not in results[0]["before"]
+
+
+# ---------------------------------------------------------------------------------- dpo.py
+
+TOKENIZER = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+END = M.special(TOKENIZER, M.END)
+
+
+def tiny_dpo(seed=0, **more):
+    torch.manual_seed(seed)
+    model = M.Transformer(M.ModelConfig(1024, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64, **more))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def sigmoid_dpo(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def odds(p):
+    return np.exp(p) / (1 - np.exp(p))
+
+
+# Written from the papers, not from the code: numbers, not tensors; sigmoids, odds and KL spelled out.
+B, E, GAMMA, LAMBDA, AVERSION = 0.3, 0.2, 0.7, 0.5, 1.5
+PAPER = {
+    "dpo": lambda w, l: -np.log(sigmoid_dpo(B * w - B * l)),
+    "cdpo": lambda w, l: -(1 - E) * np.log(sigmoid_dpo(B * (w - l))) - E * np.log(1 - sigmoid_dpo(B * (w - l))),
+    "robust": lambda w, l: (-(1 - E) * np.log(sigmoid_dpo(B * (w - l))) + E * np.log(sigmoid_dpo(-B * (w - l)))) / (1 - 2 * E),
+    "ipo": lambda w, l: ((w - l) - 0.5 / B) ** 2,
+    "slic": lambda w, l: max(0.0, 1 - (B * w - B * l)),
+    "apo_zero": lambda w, l: (1 - sigmoid_dpo(B * w)) + sigmoid_dpo(B * l),
+    "apo_down": lambda w, l: sigmoid_dpo(B * w) + (1 - sigmoid_dpo(B * w - B * l)),
+    "sppo": lambda w, l: (w - (1 / B) * (1 - 0.5)) ** 2 + (l - (1 / B) * (0 - 0.5)) ** 2,
+    "simpo": lambda w, l: -np.log(sigmoid_dpo(B * w - B * l - GAMMA)),
+    "orpo": lambda w, l: -w + LAMBDA * -np.log(sigmoid_dpo(np.log(odds(w) / odds(l)))),
+}
+NUMBERS = dict(beta=B, noise=E, gamma=GAMMA, odds=LAMBDA, aversion=AVERSION)
+
+
+def ours(name, *args):
+    method = dpo.LOSSES[name]
+    return method.loss(*args, *(NUMBERS[n] for n in method.uses))
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_loss_is_the_papers_in_value_and_gradient(name):
+    rng = np.random.default_rng(0)
+    w, l = rng.normal(0, 2, 50), rng.normal(0, 2, 50)
+    if not dpo.LOSSES[name].reference:
+        w, l = -abs(w) - 0.01, -abs(l) - 0.01                    # log-probs
+    tw, tl = (torch.tensor(x, requires_grad=True) for x in (w, l))
+    loss = ours(name, tw, tl)
+    loss.sum().backward()
+    f, h = PAPER[name], 1e-6
+    for i in range(50):
+        assert loss[i].item() == pytest.approx(f(w[i], l[i]), rel=1e-9)
+        if name == "slic" and abs(1 - B * (w[i] - l[i])) < 1e-4:
+            continue                                            # the corner of the hinge
+        assert tw.grad[i].item() == pytest.approx((f(w[i] + h, l[i]) - f(w[i] - h, l[i])) / (2 * h), rel=1e-4, abs=1e-7)
+        assert tl.grad[i].item() == pytest.approx((f(w[i], l[i] + h) - f(w[i], l[i] - h)) / (2 * h), rel=1e-4, abs=1e-7)
+
+
+def test_kto_is_the_papers_in_value_and_gradient():
+    rng = np.random.default_rng(1)
+    for shift in (2.0, -2.0):                                    # KL estimate above 0, and below: clamped
+        r, other, good = rng.normal(0, 2, 21), rng.normal(shift, 0.1, 21), rng.random(21) < 0.4
+        tr, to = (torch.tensor(x, requires_grad=True) for x in (r, other))
+        loss = ours("kto", tr, to, torch.tensor(good))
+        loss.sum().backward()
+        z = max(0.0, sum(other) / 21)
+        value = lambda r, good: 1 - sigmoid_dpo(B * (r - z)) if good else AVERSION * (1 - sigmoid_dpo(B * (z - r)))
+        for i in range(21):
+            assert loss[i].item() == pytest.approx(value(r[i], good[i]), rel=1e-9)
+            slope = (value(r[i] + 1e-6, good[i]) - value(r[i] - 1e-6, good[i])) / 2e-6
+            assert tr.grad[i].item() == pytest.approx(slope, rel=1e-4)
+        assert to.grad is None                                   # the point of reference is not trained
+
+
+def test_every_loss_is_tested_and_placed_on_the_map():
+    assert {*PAPER, "kto"} == {*dpo.LOSSES}
+    assert {n for n, m in dpo.LOSSES.items() if not m.pairs} == {"kto"}
+    assert {n for n, m in dpo.LOSSES.items() if not m.reference} == {"orpo", "simpo"}
+
+
+def test_worked_example_of_the_docstring():
+    w, l = torch.tensor(math.log(0.03 / 0.02)), torch.tensor(math.log(0.15 / 0.12))
+    assert (round(w.item(), 3), round(l.item(), 3), round((w - l).item(), 3)) == (0.405, 0.223, 0.182)
+    assert round(dpo.dpo(w, l, 0.1).item(), 3) == 0.684
+    assert dpo.dpo(torch.zeros(1), torch.zeros(1), 0.1).item() == pytest.approx(math.log(2))
+    for number in ("0.405", "0.223", "0.182", "0.684", "0.693"):
+        assert number in dpo.__doc__
+
+
+def slope(f, w, l):
+    w, l = torch.tensor(w, requires_grad=True), torch.tensor(l, requires_grad=True)
+    return torch.autograd.grad(f(w, l), [w, l], allow_unused=True)
+
+
+@pytest.mark.parametrize("name", ["dpo", "cdpo", "robust", "ipo", "slic", "simpo"])
+def test_swapping_the_pair_flips_the_gradient(name):
+    w, l = slope(lambda a, b: ours(name, a, b), -0.5, -0.5)
+    w2, l2 = slope(lambda a, b: ours(name, b, a), -0.5, -0.5)
+    assert w < 0 < l and torch.allclose(w, -w2) and torch.allclose(l, -l2)
+
+
+def test_conservative_and_robust():
+    w, l = slope(lambda a, b: dpo.cdpo(a, b, 0.1, 0.5), 0.0, 0.0)
+    assert w == 0 == l                                           # half the labels wrong: nothing to learn
+    margin = math.log(0.9 / 0.1) / 0.1                           # sigma(beta margin) = 0.9
+    assert abs(slope(lambda a, b: dpo.cdpo(a, b, 0.1, 0.1), margin, 0.0)[0]) < 1e-6
+    w, l = torch.randn(2, 20)
+    mean = 0.8 * dpo.robust(w, l, 0.5, 0.2) + 0.2 * dpo.robust(l, w, 0.5, 0.2)
+    assert torch.allclose(mean, dpo.dpo(w, l, 0.5), atol=1e-5)   # unbiased under flipped labels
+    assert (dpo.slic(w * 0 + 30, l * 0, 0.1) == 0).all() and (dpo.ipo(w * 0 + 5, l * 0, 0.1) == 0).all()
+
+
+def test_orpo_stays_finite_near_certainty():
+    for w in (0.0, -1e-9, -1e-7, -1e-3, -80.0):
+        for l in (0.0, -1e-8, -1.0, -80.0):
+            tw, tl = (torch.tensor([x], requires_grad=True) for x in (w, l))
+            loss = dpo.orpo(tw, tl, 1.0)
+            loss.sum().backward()
+            assert all(torch.isfinite(x).all() for x in (loss, tw.grad, tl.grad)), (w, l)
+    assert dpo.orpo(torch.zeros(1), torch.tensor([-1.0]), 1.0) < dpo.orpo(torch.tensor([-1.0]), torch.zeros(1), 1.0)
+
+
+def row(x, first, second=(), good=True):
+    return dpo.Row(list(x), list(first), list(second), good, {})
+
+
+def test_kto_never_pairs_a_row_with_its_own_prompt():
+    for count in (2, 3, 5, 8):                                   # pairs: 2 answers each; odd numbers too
+        rows = dpo.singles([row([i, i], [10 + i, END], [20 + i, END]) for i in range(count)], 99)
+        assert len(rows) == 2 * count and sum(r.good for r in rows) == count
+        for r in rows:
+            assert r.first[0] % 10 == r.prompt[0] != r.second[0] % 10
+            assert r.good == (r.first[0] < 20)
+    lone = dpo.singles([row([i // 2], [i], good=i % 2 == 0) for i in range(7)], 99)
+    assert len(lone) == 7 and all(r.second[0] // 2 != r.prompt[0] for r in lone)
+    # an answer that would not fit is passed over
+    rows = dpo.singles([row([1], [1]), row([2], [2] * 9), row([3], [3])], 9)
+    assert all(len(r.prompt) + len(r.second) <= 9 for r in rows)
+    with pytest.raises(M.UserError):
+        dpo.singles([row([1], [1], [2]), row([1], [3], [4])], 99)
+
+
+def test_answer_logps_against_a_plain_loop():
+    model = tiny_dpo()
+    rows = [row([5, 6, 7, 8], [30, 31, END], [40, END]), row([9, 10], [END], [50, 51, 52, 53, 54, END]),
+            row(range(100, 190), range(200, 365), [END])]        # one token, and as long as the context allows
+    assert dpo.length(rows[-1]) == 255
+    logps, tokens = dpo.answer_logps(model, TOKENIZER, rows)
+    for r, got, n in zip(rows, logps, tokens):
+        for k, y in enumerate((r.first, r.second)):
+            want = 0.0
+            for t in range(len(y)):                              # log p(y_t | x, y_<t), one prefix at a time
+                want += model(torch.tensor([r.prompt + y[:t]]))[0, -1].log_softmax(-1)[y[t]].item() if len(y) < 9 else 0
+            if len(y) < 9:
+                assert got[k].item() == pytest.approx(want, abs=1e-3)
+            else:
+                full = model(torch.tensor([r.prompt + y]))[0].log_softmax(-1)
+                want = sum(full[len(r.prompt) - 1 + t, y[t]].item() for t in range(len(y)))
+                assert got[k].item() == pytest.approx(want, abs=1e-2)
+            assert n[k] == len(y)
+    assert torch.allclose(dpo.fixed_logps(model, TOKENIZER, rows), logps, atol=1e-3)
+
+
+def test_batches_are_full_and_visit_every_row_once():
+    rows = [row([1] * (1 + i % 7), [2] * (1 + i % 5), [3]) for i in range(60)]
+    stream = dpo.batches(rows, 10, torch.Generator().manual_seed(0))
+    for _ in range(2):
+        assert sorted(i for _ in range(6) for i in next(stream)) == list(range(60))
+    assert len(next(dpo.batches(rows[:4], 10, torch.Generator()))) == 4
+
+
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: What is 1 + 1?\n\nAssistant:"
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is 1 + 1?"}]
+SAYS = lambda text: [{"role": "assistant", "content": text}]
+
+
+def test_formats_mean_the_same():
+    same = [{"prompt": HH, "chosen": " It is 2.", "rejected": " It is 3."},
+            {"chosen": HH + " It is 2.", "rejected": HH + " It is 3."},           # the answers begin alike
+            {"prompt": CHAT, "chosen": SAYS("It is 2."), "rejected": SAYS("It is 3.")},
+            {"prompt": CHAT, "chosen": "It is 2.", "rejected": "It is 3."},
+            {"chosen": CHAT + SAYS("It is 2."), "rejected": CHAT + SAYS("It is 3.")}]
+    for r in same:
+        assert dpo.judgements(r) == (CHAT, {True: "It is 2.", False: "It is 3."})
+    assert dpo.judgements({"prompt": HH, "completion": " No.", "label": False}) == (CHAT, {False: "No."})
+    assert dpo.judgements({"prompt": "Hi", "completion": SAYS("Yes."), "label": 1}) == (CHAT[:1], {True: "Yes."})
+
+
+def write_dpo(path, rows):
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+GOOD = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."}
+
+
+@pytest.mark.parametrize("bad, word", [
+    ({"prompt": "Hi", "chosen": "Hello."}, "want"), ({"prompt": "Hi", "chosen": "", "rejected": "x"}, "want"),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "a "}, "the same"), ({"chosen": "Hello.", "rejected": "Go."}, "want"),
+    ({"prompt": "Hi", "completion": "a", "label": True}, "--loss kto"), ({"prompt": [], "chosen": "a", "rejected": "b"}, "want"),
+    ({"prompt": "Hi", "completion": "a", "label": "no"}, "want"),
+    ({"chosen": CHAT + SAYS("a"), "rejected": CHAT[:1] + SAYS("b")}, "want"),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "b c d e f g " * 60}, "longer")])
+def test_bad_rows_are_named(tmp_path, bad, word):
+    path = tmp_path / "mine.jsonl"
+    write_dpo(path, [GOOD, bad])
+    path.write_text("\n" + path.read_text())                     # blank lines do not shift the numbers
+    with pytest.raises(M.UserError, match=rf"mine.jsonl:3: .*{word}"):
+        dpo.read_rows(dpo.Config(data=str(path)), TOKENIZER, 256)
+
+
+def test_rows_flip_and_drop(tmp_path):
+    path = write_dpo(tmp_path / "mine.jsonl", [GOOD, GOOD | {"rejected": "b c d e f g " * 60}])
+    config = dpo.Config(data=path, drop=True, quiet=True)
+    (a,), (b,) = (dpo.read_rows(dpo.replace(config, flip=flip), TOKENIZER, 256) for flip in (False, True))
+    assert (a.first, a.second, a.prompt) == (b.second, b.first, b.prompt)
+    assert TOKENIZER.decode(a.first) == "Hello.<|im_end|>"
+    ids, mask = M.render(TOKENIZER, [{"role": "user", "content": "Hi"}, *SAYS("Hello.")])
+    assert a.prompt + a.first == ids[:len(ids) - mask[::-1].index(1)]              # as chats are rendered elsewhere
+
+
+@pytest.mark.parametrize("flags", [dict(loss="dop"), dict(noise=0.5), dict(rounds=9, steps=3), dict(init="out/nothing"),
+                                   dict(data="nothing.jsonl"), dict(online=True, judge="out/nothing")])
+def test_bad_flags(flags, tmp_path):
+    M.save(tmp_path / "m", tiny_dpo(), TOKENIZER)
+    with pytest.raises(M.UserError):
+        dpo.train(dpo.Config(**dict(init=str(tmp_path / "m"), save=False, quiet=True, steps=3) | flags))
+
+
+@pytest.fixture(scope="module")
+def folder_dpo(tmp_path_factory):
+    """A tiny_dpo model, and pairs in which the shouting answer wins."""
+    path = tmp_path_factory.mktemp("dpo")
+    M.save(path / "init", tiny_dpo(), TOKENIZER)
+    write_dpo(path / "pairs.jsonl", [{"prompt": f"What about {name} and {topic}?", "chosen": f"{topic} YES YES!",
+                                  "rejected": f"{topic} no, thank you."}
+                                 for name in world.NAMES[:12] for topic in world.TOPICS[:10]])
+    return path
+
+
+def run(folder_dpo, **more):
+    config = dict(init=str(folder_dpo / "init"), data=str(folder_dpo / "pairs.jsonl"), save=False, quiet=True, steps=20, batch=8,
+                  lr=3e-3, max_new=8)
+    return dpo.train(dpo.Config(**config | more))
+
+
+@pytest.mark.parametrize("name", dpo.LOSSES)
+def test_every_loss_learns(folder_dpo, name):
+    assert run(folder_dpo, loss=name)["after"]["accuracy"] >= 0.9
+
+
+def test_flip_turns_the_preference_round(folder_dpo):
+    plain, flipped = (run(folder_dpo, flip=flip) for flip in (False, True))
+    margin = lambda r: r["after"]["chosen"] - r["before"]["chosen"] - r["after"]["rejected"] + r["before"]["rejected"]
+    assert margin(plain) > 1 and margin(flipped) > 1             # each likes its own winners ...
+    assert flipped["before"]["chosen"] == pytest.approx(plain["before"]["rejected"], abs=1e-3)    # ... the other's losers
+
+
+def test_loop_starts_at_ln2_and_leaves_the_reference_alone(folder_dpo, monkeypatch):
+    seen = {}
+    fit = dpo.fit
+
+    def spy(model, reference, *rest):
+        seen["before"] = [p.clone() for p in reference.parameters()]
+        fit(model, reference, *rest)
+        seen.update(after=[*reference.parameters()], log=rest[-1].rows, model=[*model.parameters()])
+    monkeypatch.setattr(dpo, "fit", spy)
+    run(folder_dpo, steps=5)
+    assert seen["log"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and seen["log"][0]["accuracy"] == 0.5
+    assert seen["log"][-1]["loss"] < math.log(2)
+    assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"]))
+    assert not any(torch.equal(a, b) for a, b in zip(seen["before"], seen["model"]))
+    assert {"loss", "margin", "accuracy", "chosen", "rejected", "kl"} <= {*seen["log"][0]}
+
+
+def test_reference_scores_each_row_once(folder_dpo, monkeypatch):
+    model, reference, config = tiny_dpo(), tiny_dpo(1), dpo.Config(data=str(folder_dpo / "pairs.jsonl"), steps=40, batch=16)
+    rows, scored = dpo.read_rows(config, TOKENIZER, 256), []
+    real = dpo.fixed_logps
+    monkeypatch.setattr(dpo, "fixed_logps", lambda m, t, rows, *n: scored.append((m, rows)) or real(m, t, rows, *n))
+    for batch, ref in dpo.stream(model, reference, TOKENIZER, rows, None, config):
+        pass
+    (by, those), = scored
+    assert by is reference and len(those) == len({(*r.prompt, *r.first) for r in those}) <= len(rows)
+    assert torch.allclose(ref, dpo.answer_logps(reference, TOKENIZER, batch)[0], atol=1e-4)      # and in the right order
+
+
+def test_single_answers(folder_dpo):
+    pairs = json.loads("[" + ",".join((folder_dpo / "pairs.jsonl").read_text().splitlines()) + "]")
+    path = write_dpo(folder_dpo / "kto.jsonl", [{"prompt": p["prompt"], "completion": p["chosen"] if i % 3 else p["rejected"],
+                                         "label": bool(i % 3)} for i, p in enumerate(pairs)])
+    assert run(folder_dpo, data=path, loss="kto")["after"]["accuracy"] >= 0.9
+
+
+def quick(model, logit=1.5):
+    """Makes the answers of a random model end after some tokens."""
+    with torch.no_grad():
+        h = model.hidden(torch.randint(1000, (64, 9)))[:, -1].mean(0)
+        model.embed.weight[END] = logit * h / h.dot(h)
+    return model
+
+
+def test_own_pairs_follow_the_judge(folder_dpo):
+    model = tiny_dpo()
+    rows = [row(M.render(TOKENIZER, M.to_messages(t), reply=True)[0], [], []) for t in ("One?", "Two, or three?")] * 20
+    asked = []
+
+    def judge(raws, texts):                                      # likes long answers
+        asked.append((raws, texts))
+        return [len(t) for t in texts]
+    quick(model)
+    for flip in (False, True):
+        pairs = dpo.own_pairs(model, TOKENIZER, rows, judge, dpo.Config(max_new=30, flip=flip), torch.Generator().manual_seed(0))
+        (raws, texts), = asked[-1:]
+        assert len(raws) == len(texts) == 80
+        drawn = M.sample(model, TOKENIZER, [r.prompt for r in rows], 2, 30, generator=torch.Generator().manual_seed(0))
+        score = {TOKENIZER.decode(ids[a].tolist()): len(t) if e else -1
+                 for ids, a, t, e in zip(drawn.ids, drawn.answer, drawn.texts, drawn.ended)}
+        assert pairs and 0 < drawn.ended.sum() < 80
+        for p in pairs:
+            a, b = score[TOKENIZER.decode(p.first)], score[TOKENIZER.decode(p.second)]
+            assert (a < b if flip else a > b), "the judge's favourite is first; an endless answer never wins"
+
+
+@pytest.mark.parametrize("flags, calls", [(dict(rounds=3), 3), (dict(online=True), 6), (dict(online=True, loss="kto"), 6)])
+def test_rounds_and_online(folder_dpo, flags, calls):
+    sizes = []
+
+    def judge(raws, texts):
+        sizes.append(len(texts))
+        return [sum(map(ord, t)) for t in texts]
+    M.save(folder_dpo / "quick", quick(tiny_dpo()), TOKENIZER)
+    dpo.train(dpo.Config(init=str(folder_dpo / "quick"), data=str(folder_dpo / "pairs.jsonl"), save=False, quiet=True, steps=6,
+                         batch=8, max_new=60, **flags), judge=judge)
+    assert len(sizes) == calls and sum(sizes) == 6 * 8 * 2
+
+
+def test_reward_model_as_judge(folder_dpo):
+    scalar = M.ScalarModel(tiny_dpo(2))
+    with torch.no_grad():
+        scalar.score.weight.normal_()
+    M.save(folder_dpo / "judge", scalar, TOKENIZER)
+    judge = dpo.load_judge(dpo.Config(judge=str(folder_dpo / "judge")))
+    raws, texts = [GOOD, GOOD | {"prompt": HH}], ["Hello there, you.", "Yes."]
+    for raw, text, got in zip(raws, texts, judge(raws, texts)):
+        ids = M.render(TOKENIZER, dpo.judgements(raw)[0] + SAYS(text))[0]
+        ids = ids[:len(ids) - ids[::-1].index(END)]
+        assert ids[-1] == END and got == pytest.approx(scalar(torch.tensor([ids]))[0, -1].item(), abs=1e-4)
+    gold = dpo.load_judge(dpo.Config(judge="gold"))
+    exam = world.read("prompts")[:5]
+    assert gold(exam, ["I am busy."] * 5) == [world.judge(r, "I am busy.")["gold"] for r in exam]
 
 
 if __name__ == "__main__":
