@@ -972,12 +972,15 @@ def make_exam(rng):
     rows, prompts = [], set()
 
     def add(count, *how, **more):
-        while count:
+        for _ in range(200 * count):
             row = ask(rng, *how, **more)
             if flat(row["prompt"]) not in prompts:
                 prompts.add(flat(row["prompt"]))
                 rows.append(row)
                 count -= 1
+            if not count:
+                return
+        raise ValueError(f"not enough different prompts for the exam: {how} {more}, {count} missing")
     for kind, count in {"math": 48, "fact": 72, "unknown": 44, "essay": 14, "scary": 10, "danger": 24,
                         "borderline": 28, "chat": 40}.items():
         add(count, kind, "exam")
