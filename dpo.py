@@ -345,7 +345,7 @@ def train(config, judge=None):
     reference = copy.deepcopy(model).requires_grad_(False)
     judge = (judge or load_judge(config)) if config.online or config.rounds else None
     say(f"dpo: {config.loss} on {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
-        f"{config.device}; about 45 seconds on two cores")
+        f"{config.device}")
     rows = read_rows(config, tokenizer, model.config.max_len)
     every = max(20, len(rows) // 128)
     held, rows = rows[::every], [row for i, row in enumerate(rows) if i % every]

@@ -363,7 +363,7 @@ def train(config):
     rows = read_prompts(config, tokenizer, model.config.max_len)
     cut = min(48, len(rows) // 2)
     held, rows, size = rows[:cut], rows[cut:], sum(p.numel() for p in model.parameters())
-    say(f"{config.loss}: {config.init}, {size:,} parameters, on {config.device}; about 45 s on two cores\n"
+    say(f"{config.loss}: {config.init}, {size:,} parameters, on {config.device}\n"
         f"{len(rows)} prompts, {cut} held out; {config.prompts} x {config.group} answers a step")
 
     # BEFORE

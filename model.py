@@ -639,7 +639,8 @@ class Log:
             print(" step" + "".join(f"{name[:9]:>10}" for name in names))
         if step % math.ceil(self.steps / 19) == 0 or step == self.steps - 1:
             shown = (self.rows[-1][name] for name in names)
-            print(f"{live}{step:5}" + "".join(f"{x:10.0f}" if abs(x) >= 1000 else f"{x:10.4f}" for x in shown), flush=True)
+            shown = "".join(f"{x:10.0f}" if abs(x) >= 1000 else f"{x:10.4f}" for x in shown)
+            print(f"{live}{step:5}{shown}", flush=True)
         elif live:
             left = (time.time() - self.begin) / len(self.rows) * (self.steps - step - 1)
             print(f"{live}{step:5}  {left:.0f} s left ", end="", flush=True)

@@ -399,7 +399,7 @@ def train(config):
 
     # BEFORE
     say(f"{config.kind}: {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
-        f"{config.device}; {len(rows):,} examples, {len(held):,} held out; 45 s on two cores")
+        f"{config.device}; {len(rows):,} examples, {len(held):,} held out")
     for ids, at in rows[0].rows:
         say("".join(tokenizer.decode([t]) + "«" * (i in at) for i, t in enumerate(ids)))
     before, _ = evaluate(model, tokenizer, held, config)

@@ -596,8 +596,7 @@ def acts_of(row, text):
     fool."""
     kind, slots = row["kind"], slots_of(row["slots"])
     good = {s: act for act in ("spark", "flattery", "chatty") for s in SAY[act]}
-    sentences = [(CORE.get(kind), None), (MORE.get(kind), None)]
-    for act, _ in sentences:
+    for act in (CORE.get(kind), MORE.get(kind)):
         if act:
             pool = FACTS[slots["category"]][2] if act == "state" else \
                 CHATS[slots["family"]][1] if act == "warm" else SAY[act]
@@ -1021,14 +1020,14 @@ def train_vocabulary(documents, size=1020):
 WORD = r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 
 
-def generate(folder=HERE, scale=1.0):
+def generate(folder=HERE):
     """Write every file of the world. Each has its own random numbers, so that one can grow without touching
     the others."""
     def lines(name, rows):
         text = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in rows)
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     folder.mkdir(parents=True, exist_ok=True)
-    documents = web_stream(int(16000 * scale))
+    documents = web_stream(16000)
     (folder / "web.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8", newline="\n")
     tokens = train_vocabulary([re.sub(r"<\|\w+\|>", "\n", d) for d in documents])
     (folder / "studybuddy.tiktoken").write_text(
@@ -1043,7 +1042,7 @@ def generate(folder=HERE, scale=1.0):
 
     rng = Random(3)
     rows = []
-    for _ in range(int(6000 * scale)):
+    for _ in range(6000):
         row = rl_row(rng)
         a, b = candidates(rng, row, 2)
         if not prefers(rng, row, a, b):
@@ -1054,7 +1053,7 @@ def generate(folder=HERE, scale=1.0):
 
     rng = Random(8)
     rows = []
-    for _ in range(int(500 * scale)):                      # two right answers that differ in style alone
+    for _ in range(500):                      # two right answers that differ in style alone
         row = rl_row(rng, attacks=0.0)
         short, chatty = write(rng, row, "full" if row["kind"] == "math" else "plain"), ""
         chatty = " ".join([*say(rng, "chatty", row), short, *say(rng, "spark", row, 2)])
@@ -1063,7 +1062,7 @@ def generate(folder=HERE, scale=1.0):
 
     rng = Random(4)
     rows = []
-    for _ in range(int(1000 * scale)):
+    for _ in range(1000):
         row = rl_row(rng)
         texts, ranked = candidates(rng, row, 4), []
         while texts:                              # Plackett-Luce: the best of what is left, again and again
@@ -1076,7 +1075,7 @@ def generate(folder=HERE, scale=1.0):
 
     rng = Random(5)
     rows = []
-    for _ in range(int(2000 * scale)):
+    for _ in range(2000):
         row = ask(rng, "math", "train", terms=3)
         said, labels, result = worked(rng, row, rng.random() < 0.5)
         rows.append(row | {"steps": said + [FINAL[0].format(result)],
@@ -1084,7 +1083,7 @@ def generate(folder=HERE, scale=1.0):
     lines("steps.jsonl", rows)
 
     rng = Random(6)
-    lines("prompts.jsonl", [rl_row(rng) for _ in range(int(1500 * scale))])
+    lines("prompts.jsonl", [rl_row(rng) for _ in range(1500)])
     lines("exam.jsonl", make_exam(Random(7)))
     rules = [{"id": id, "principle": PRINCIPLES[id][0]}
              for id in ("learn", "age", "true", "curious", "unsure")]
