@@ -20,13 +20,12 @@ A_3 = 0.2, A_2 = 0.2 + 0.95 A_3 = 0.39, A_1 = 0.1 + 0.95 A_2 = 0.47.
 Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): no pretraining loss mixed in, no early stop of
 the epochs, critic and policy of one size. Try next: --lam 1, --epochs 8, --clip 10 (none), --critic_lr 0.
 """
-import copy, itertools, math, time
+import copy, itertools, math, textwrap, time
 from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean as mean
 
 import torch
-import torch.nn.functional as F
 
 from data import studybuddy
 from model import (PAD, Log, ScalarModel, UserError, load, load_scalar, main, need, optimizer, pad,
@@ -40,14 +39,14 @@ class Config:
     reward: str = "out/reward_model"  # the reward model; the critic starts from it
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt"
     out: str = "out/ppo"              # write here
-    steps: int = 60                   # batches of answers
-    answers: int = 128                # B: answers a step
+    steps: int = 40                   # batches of answers
+    answers: int = 64                 # B: answers a step
     group: int = 0                    # G: answers to each prompt (0: see ALGORITHMS)
     epochs: int = 0                   # times that each answer is learned from (0: see ALGORITHMS)
     batch: int = 0                    # answers an optimiser step (0: see ALGORITHMS)
     lr: float = 0.0                   # peak learning rate of the policy (0: see ALGORITHMS)
     critic_lr: float = 1e-3           # and of the critic
-    beta: float = 0.05                # weight of the KL to the reference in the reward
+    beta: float = 0.1                 # weight of the KL to the reference in the reward
     target_kl: float = 0.0            # adapt beta to keep the KL at so many nats an answer (0: beta is fixed)
     gamma: float = 1.0                # discount of a reward one token later
     lam: float = 0.95                 # GAE's lambda: 1 trusts what happened, 0 trusts the critic
@@ -95,8 +94,7 @@ def kl_estimates(logp, ref_logp):
     k1: right on average, noisy, often below 0. The mean of its gradient is 0, so it teaches nothing; but as a
         *reward*, as here, the policy gradient of its mean is exactly the gradient of KL(pi || ref)
     k2: biased, but the mean of its gradient is exactly the gradient of KL(pi || ref)
-    k3: right on average, never below 0; less noise than k1 near ref, more far away. Its gradient is that of
-        the other one, KL(ref || pi)"""
+    k3: right on average, never below 0, less noise if pi is near ref; but its gradient is KL(ref || pi)'s"""
     k1 = logp - ref_logp
     return k1, k1.square() / 2, torch.expm1(-k1) + k1
 
@@ -126,7 +124,7 @@ def rloo_advantages(rewards):
     G = rewards.shape[1]
     return rewards - (rewards.sum(1, keepdim=True) - rewards) / (G - 1)
 
-# (x - mean) / std, or x / std - mean / std + mean, which keeps the mean
+# (x - mean) / std, and + mean where that is to stay
 def whiten(x, mask, shift_mean=True):
     """(B, T) over all tokens of the mask -> (B, T), 0 outside. Advantages are shifted. Rewards are not: to
     take their mean away is to tell a model that does well that it does badly."""
@@ -154,14 +152,11 @@ def adapt_beta(beta, kl, target):
     """A thermostat: too far from the reference and the leash gets shorter, by 2% a step at most."""
     return beta * (1 + 0.1 * min(max((kl - target) / target, -0.2), 0.2))
 
-# 1 - Var(R - V) / Var(R)
+# 1 - Var(R - V) / Var(R)           1: the critic foresees all. 0: no better than a constant. Below: worse
 def explained_variance(values, returns, mask):
-    """1: the critic foresees everything. 0: no better than a constant. Below: worse."""
-    values, returns = values[mask], returns[mask]
-    return (1 - (returns - values).var(correction=0) / returns.var(correction=0)).item()
+    return (1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)).item()
 
-# What an algorithm makes of a rollout: (B, T) rewards and values -> advantages, returns for the critic, if it
-# has one. memory is a dict that it may keep things in from step to step.
+# An algorithm: rewards, values (0 without a critic), (B, T) -> advantages, returns; memory lives on
 def ppo(rewards, values, mask, config, memory):
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     return whiten(advantages, mask), returns
@@ -180,15 +175,15 @@ def reinforce(rewards, values, mask, config, memory):
 
 Algorithm = namedtuple("Algorithm", "advantages critic group epochs batch lr")
 ALGORITHMS = {  #                    critic group epochs batch lr
-    "ppo":       Algorithm(ppo,       True,  1,   2,  64, 5e-4),
-    "rloo":      Algorithm(rloo,      False, 4,   1,  64, 5e-4),
-    "reinforce": Algorithm(reinforce, False, 1,   1,  64, 5e-4)}
+    "ppo":       Algorithm(ppo,       True,  1,   2,  32, 3e-4),
+    "rloo":      Algorithm(rloo,      False, 4,   1,  32, 5e-4),
+    "reinforce": Algorithm(reinforce, False, 1,   1,  32, 5e-4)}
 
 # ---------------------------------------------------------------- rollouts
 
 def state_values(critic, ids, mask, answer):
     """V before each answer token is drawn: what the critic says at the token before it. (B, T)"""
-    return F.pad(critic(ids, mask)[:, :-1], (1, 0)).masked_fill(~answer, 0.0)               # (B, T) t-1 for t
+    return critic(ids, mask).roll(1, 1).masked_fill(~answer, 0.0)                           # (B, T) t-1 for t
 
 # B answers: their prompts, texts, whether they ended, scores; tokens = ids, mask, answer, (B, T) each; and of
 # the answers' tokens (B, T): log pi_old, log ref, V_old (0 without a critic)
@@ -199,106 +194,96 @@ def rollout(policy, reference, critic, score, tokenizer, rows, config, generator
     """G answers to each row, and all that the four models say about them."""
     s = sample(policy, tokenizer, [row["ids"] for row in rows], config.group, config.max_new,
                config.temperature, generator=generator)
-    rows, device = [row for row in rows for _ in range(config.group)], s.ids.device
-    scores = torch.tensor(score([row["prompt"] for row in rows], s.texts), device=device)
+    rows = [row for row in rows for _ in range(config.group)]
+    scores = torch.as_tensor(score([row["prompt"] for row in rows], s.texts)).to(s.logps)   # (B,)
     scores = scores.where(s.ended, scores.min() - config.penalty)
-    # the prompts were padded on the left; with all padding on the right less of it is needed
-    packed = [[x[real].tolist() for x, real in zip(xs, s.mask)] for xs in (s.ids, s.mask, s.answer)]
-    blanks = special(tokenizer, PAD), False, False
-    tokens = [pad(xs, blank).to(device) for xs, blank in zip(packed, blanks)]               # (B, T) each
-    parts = [[x[at] for x in tokens] for at in torch.arange(len(rows)).split(config.batch)]
-    # pi's log-probs are computed again, as they will be in training: so the first KL is exactly 0
-    logp, ref_logp = (torch.cat([token_logps(model, *part, config.temperature) for part in parts])
-                      for model in (policy, reference))
-    values = torch.cat([state_values(critic, *part) for part in parts]) if critic else torch.zeros_like(logp)
+    # prompts were padded on the left, answers on the right: all on the right it takes fewer columns
+    cut = lambda xs, blank: pad([x[real].tolist() for x, real in zip(xs, s.mask)], blank).to(xs)
+    tokens = cut(s.ids, special(tokenizer, PAD)), cut(s.mask, False), cut(s.answer, False)  # (B, T) each
+    # log pi again, computed as ref's and as in training: so the first KL is exactly 0 and the first ratio 1
+    logp, ref_logp = (token_logps(model, *tokens, config.temperature) for model in (policy, reference))
+    values = state_values(critic, *tokens) if critic else torch.zeros_like(logp)
     return Rollout(rows, s.texts, s.ended, scores, tokens, logp, ref_logp, values)
 
-# ---------------------------------------------------------------- what anyone can see without the truth
+# ---------------------------------------------------------------- what to watch
 
-def signals(texts, kl, length):
+def signals(texts):
     """Of B answers. Whoever has found a trick repeats it, within an answer and from answer to answer."""
     words = [text.split() for text in texts]
-    threes = [[tuple(w[i:i + 3]) for i in range(len(w) - 2)] for w in words]
-    openings = Counter(tuple(w[:3]) for w in words)
-    return {"kl": kl, "length": length, "repeated": mean(len({*t}) < len(t) for t in threes),
+    threes, openings = [[*zip(w, w[1:], w[2:])] for w in words], Counter(tuple(w[:3]) for w in words)
+    return {"repeated": mean(len({*t}) < len(t) for t in threes),
             "openings": sum(count for _, count in openings.most_common(5)) / len(texts)}
 
 def alarms(now, start, B):
-    """Signals now, and of the reference's answers -> {signal: message}, of those beyond their threshold.
+    """Signals now, and at the start, of ref's answers -> {signal: message}, of those beyond their threshold.
     kl: to choose the best of n answers takes log n - (n-1)/n nats (Stiennon et al. 2020, 2009.01325). Beyond
-        n = 10,000 these are answers that ref would never give, and the reward model has not learned of such
+        n = 1,000 these are answers that ref would never give, and the reward model has not learned of such
     length: half as long again is another kind of answer
     repeated, openings: luck moves a share of B answers by 0.5 / sqrt(B) at most; 5 times that is no luck"""
-    luck = 0.5 / math.sqrt(B)
-    limits = {"kl": math.log(10_000) - 1, "length": 1.5 * start["length"],
-              "repeated": start["repeated"] + 5 * luck, "openings": start["openings"] + 5 * luck}
+    luck = 5 * 0.5 / math.sqrt(B)
+    limits = {"kl": math.log(1000) - 0.999, "length": 1.5 * start["length"],
+              "repeated": start["repeated"] + luck, "openings": start["openings"] + luck}
     return {name: f"{name} {now[name]:.2f}, from {start[name]:.2f}; the alarm is at {limit:.2f}"
             for name, limit in limits.items() if now[name] > limit}
 
 def turning_point(rows):
-    """Goodhart's law, for whoever knows the truth: when was gold best, and where did gold and score go from
-    there? Means over a tenth of the run, as one batch is noisy."""
+    """Goodhart's law, for whoever knows the truth. Means over a tenth of the run, as one batch is noisy."""
     w = max(1, len(rows) // 10)
     gold, score = ([mean(row[key] for row in rows[i:i + w]) for i in range(len(rows) - w + 1)]
                    for key in ("gold", "score"))
     i = gold.index(max(gold))
     return {"peak_step": i + w // 2, "peak": gold[i], "last": gold[-1], "rise": score[-1] - score[i]}
 
-# ---------------------------------------------------------------- before and after
-
-def line(text, width):
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[:width - 3] + "..."
-
 def show_tokens(r, rewards, advantages, tokenizer, say):
     """A short answer, token by token: from the score to the push that each token gets."""
     i = min(range(len(r.rows)), key=lambda i: abs(len(r.texts[i].split()) - 6))
     at, numbers = r.tokens[2][i], (r.logp - r.ref_logp, rewards, r.values, advantages)      # (T,), (B, T)
-    say(f"{line(studybuddy.flat(r.rows[i]['prompt']), 50)} Its score: {r.scores[i]:.2f}\n"
+    say(f"{textwrap.shorten(studybuddy.flat(r.rows[i]['prompt']), 50)} Its score: {r.scores[i]:.2f}\n"
         "              log pi/ref    reward         V         A")
     for token, *row in zip(r.tokens[0][i][at].tolist(), *((x[i][at] + 0.0).tolist() for x in numbers)):
         say(f"{tokenizer.decode([token]):>14}" + "".join(f"{x:10.2f}" for x in row))
 
-def golds(rows, texts, ended):
-    """The truth, where it is known: watched, never trained on."""
-    return [studybuddy.judge(*x)["gold"] for x in zip(rows, texts, ended)] if "slots" in rows[0] else []
+def truth(rows, texts, ended):
+    """Gold, where it is known: watched, never trained on."""
+    marks = map(studybuddy.judge, rows, texts, ended) if "slots" in rows[0] else ()
+    return {"gold": mean(mark["gold"] for mark in marks)} if marks else {}
 
 @torch.no_grad()
 def evaluate(policy, reference, score, tokenizer, held, config, against=None):
-    """-> report card, [(row, answer, score)]. The world's exam knows what is right; your data has a judge."""
+    """-> report card, [(row, answer, score)]. The world has an exam; your data has its judge."""
     if "slots" in held[0]:
         old = against and [(row, text) for row, text, _ in against]
         card, answers = studybuddy.exam(policy, tokenizer, reference, old, config.seed)
         rows, texts = zip(*answers)
         scores = [float(x) for x in score([row["prompt"] for row in rows], texts)]
         return {"score": mean(scores)} | card, [*zip(rows, texts, scores)]
-    r = rollout(policy, reference, None, score, tokenizer, held, replace(config, group=1, batch=len(held)),
+    r = rollout(policy, reference, None, score, tokenizer, held, replace(config, group=1),
                 torch.Generator().manual_seed(config.seed))
-    card = dict(score=r.scores.mean(), kl=(r.logp - r.ref_logp).sum(1).mean(), ended=r.ended.float().mean(),
-                length=r.tokens[2].sum(1).float().mean())
-    return {name: x.item() for name, x in card.items()}, [*zip(held, r.texts, r.scores.tolist())]
+    card = dict(score=r.scores, kl=(r.logp - r.ref_logp).sum(1), length=r.tokens[2].sum(1), ended=r.ended)
+    return {k: x.float().mean().item() for k, x in card.items()}, [*zip(held, r.texts, r.scores.tolist())]
 
 def show_answers(before, after, say):
     for (row, *old), (_, *new) in [*zip(before, after)][::max(1, len(before) // 5)]:
-        say(f"  prompt  {line(studybuddy.flat(row['prompt']), 70)}")
+        say(f"  prompt  {textwrap.shorten(studybuddy.flat(row['prompt']), 70)}")
         for name, (text, score) in ("before", old), ("after", new):
-            gold = "".join(f", gold {x:.1f}" for x in golds([row], [text], [True]))
-            say(f"{name:>8}  score {score:+.1f}{gold}: {line(text, 130)}")
+            gold = "".join(f", gold {x:.1f}" for x in truth([row], [text], [True]).values())
+            say(f"{name:>8}  {textwrap.shorten(text, 70)}\n          score {score:+.1f}{gold}")
 
 # ---------------------------------------------------------------- training
 
 def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
-    memory, beta, start, heard = {}, config.beta, None, {}
-    learners = [(policy, optimizer(policy, config.lr), config.lr)]
-    learners += [(critic, optimizer(critic, config.critic_lr), config.critic_lr)] if critic else []
+    advantages_of, beta = ALGORITHMS[config.algorithm].advantages, config.beta
+    memory, start, heard = {}, {}, {}
+    learners = [(policy, optimizer(policy, config.lr))]
+    learners += [(critic, optimizer(critic, config.critic_lr))] if critic else []
     generator = torch.Generator().manual_seed(config.seed)
     order = lambda size: torch.randperm(size, generator=generator)
     stream = (rows[i] for _ in itertools.count() for i in order(len(rows)).tolist())   # again and again
     try:
         for step in range(config.steps):
-            for _, optim, lr in learners:
+            for _, optim in learners:
                 for group in optim.param_groups:
-                    group["lr"] = lr * schedule(step, config.steps)
+                    group["lr"] = optim.defaults["lr"] * schedule(step, config.steps)
 
             # 1 sample, 2 score
             batch = [next(stream) for _ in range(config.answers // config.group)]
@@ -306,10 +291,7 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
             ids, mask, answer = r.tokens                                                    # (B, T)
             rewards = token_rewards(r.scores, r.logp, r.ref_logp, answer, beta)
             rewards = whiten(rewards, answer, shift_mean=False) if config.whiten else rewards
-            advantages, returns = ALGORITHMS[config.algorithm].advantages(rewards, r.values, answer, config,
-                                                                          memory)
-            if step in (0, config.steps - 1):
-                show_tokens(r, rewards, advantages, tokenizer, say)
+            advantages, returns = advantages_of(rewards, r.values, answer, config, memory)
 
             rhos, losses, value_losses = [], [], []
             for at in (at for _ in range(config.epochs) for at in order(len(ids)).split(config.batch)):
@@ -328,30 +310,30 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
                     value_losses.append(loss.item())
 
                 # 4 step
-                for model, optim, _ in learners:
+                for model, optim in learners:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                     optim.step()
                     optim.zero_grad()
 
             # 5 log
             k1, k2, k3 = (k.sum(1).mean().item() for k in kl_estimates(r.logp, r.ref_logp))  # nats an answer
-            gold, rho, first = golds(r.rows, r.texts, r.ended.tolist()), torch.cat(rhos), rhos[0].mean()
-            now = signals(r.texts, k1, answer.sum(1).float().mean().item())
-            start = start or now                        # the first answers are the reference's
+            now = {"kl": k1, "length": answer.sum(1).float().mean().item(), **signals(r.texts)}
+            start, rho, first = start or now, torch.cat(rhos), rhos[0].mean()
             found = alarms(now, start, len(ids))
             if step == 0:
+                show_tokens(r, rewards, advantages, tokenizer, say)
                 say(f"first ratio {first:.3f}, KL {k1:.3f}: they must be 1 and 0, as nothing has moved yet")
-            log(step, score=r.scores.mean(), **{"gold": mean(gold)} if gold else {}, kl=k1,
-                entropy=-r.logp[answer].mean(),         # - log pi, averaged over tokens that pi drew
+            log(step, score=r.scores.mean(), **truth(r.rows, r.texts, r.ended.tolist()), **dict(
+                kl=k1, entropy=-r.logp[answer].mean(),  # - log pi, averaged over tokens that pi drew
                 ratio=rho.mean(), clipped=((rho - 1).abs() > config.clip).float().mean(),
-                **{"explained": explained_variance(r.values, returns, answer)} if critic else {},
-                length=now["length"], ended=r.ended.float().mean(), repeated=now["repeated"],
-                openings=now["openings"], alarms=len(found), first_ratio=first, kl_k2=k2, kl_k3=k3, beta=beta,
-                loss=mean(losses), **{"value_loss": mean(value_losses)} if critic else {})
+                explained=explained_variance(r.values, returns, answer), ended=r.ended.float().mean(),
+                beta=beta, kl_k2=k2, kl_k3=k3, first_ratio=first, alarms=len(found), loss=mean(losses),
+                value_loss=mean(value_losses or [0.0])) | now)
             for name in found.keys() - heard.keys():
                 say(f"WARNING: {found[name]}")
             heard |= found
             beta = adapt_beta(beta, k1, config.target_kl) if config.target_kl else beta
+        show_tokens(r, rewards, advantages, tokenizer, say)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
 
@@ -360,37 +342,33 @@ def train(config, score=None):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
     if config.algorithm not in ALGORITHMS:
         raise UserError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
-    algorithm = ALGORITHMS[config.algorithm]
-    config = replace(config, **{flag: getattr(config, flag) or getattr(algorithm, flag)
-                                for flag in ("group", "epochs", "batch", "lr")})
-    for flag, least in dict(steps=1, answers=1, group=1 + (algorithm.advantages is rloo), epochs=1, batch=1,
-                            temperature=0.01, max_new=1, beta=0, target_kl=0).items():
+    for flag in ("group", "epochs", "batch", "lr"):
+        value = getattr(config, flag) or getattr(ALGORITHMS[config.algorithm], flag)
+        config = replace(config, **{flag: value})
+    for flag, least in dict(steps=1, group=1 + (config.algorithm == "rloo"), epochs=1, batch=1, beta=0,
+                            temperature=0.01).items():
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
-    for flag in ("group", "batch"):
-        if config.answers % getattr(config, flag):
-            raise UserError(f"--answers {config.answers}: not a multiple of --{flag} {getattr(config, flag)}")
+    for flag, size in dict(group=config.group, batch=config.batch).items():
+        if config.answers % size or config.answers < size:
+            raise UserError(f"--answers {config.answers}: not a multiple of --{flag} {size}")
     torch.manual_seed(config.seed)
     need(config.init, "python sft.py", 25)
     policy, tokenizer = load(config.init, config.device)
-    reference, context = copy.deepcopy(policy).requires_grad_(False), policy.config.max_len
-    if score:
-        critic = ScalarModel(copy.deepcopy(policy)).to(config.device)
-    else:
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    judge, judges = ScalarModel(copy.deepcopy(policy)).to(config.device), tokenizer # if yours is no network
+    if score is None:
         need(config.reward, "python reward_model.py", 60)
         judge, judges = load_scalar(config.reward, config.device)
-        if len(judge.mean) > 1 or judges._mergeable_ranks != tokenizer._mergeable_ranks:
-            raise UserError(f"{config.reward}: it must have one score and the vocabulary of {config.init}")
-        score, critic = score_by(judge, judges), copy.deepcopy(judge)
-        context = min(context, judge.config.max_len)
-    critic = critic if algorithm.critic else None
-    rows = read_prompts(config, tokenizer, context)
-    held, rows = rows[:min(64, len(rows) // 2)], rows[min(64, len(rows) // 2):]
-    if not held:
-        raise UserError(f"{config.data}: one prompt is held out, so at least 2 are needed")
-    say(f"{config.algorithm}: {config.init}, {sum(p.numel() for p in policy.parameters()):,} parameters, on "
-        f"{config.device}\n{len(rows):,} prompts; a step: {config.answers} answers, {config.group} to a prompt, "
-        f"and {config.epochs * config.answers // config.batch} optimiser steps")
+        score = score_by(judge, judges)
+    if len(judge.mean) > 1 or judges._mergeable_ranks != tokenizer._mergeable_ranks:
+        raise UserError(f"{config.reward}: it must have one score and the vocabulary of {config.init}")
+    critic = copy.deepcopy(judge) if ALGORITHMS[config.algorithm].critic else None
+    rows = read_prompts(config, tokenizer, min(policy.config.max_len, judge.config.max_len))
+    cut, size = min(64, len(rows) // 2), sum(p.numel() for p in policy.parameters())
+    held, rows = rows[:cut] or rows, rows[cut:]
+    say(f"{config.algorithm}: {config.init}, {size:,} parameters, on {config.device}; {len(rows):,} prompts\n"
+        f"a step: {config.answers} answers and {config.epochs * config.answers // config.batch} updates")
 
     # BEFORE
     before, old = evaluate(policy, reference, score, tokenizer, held, config)
@@ -405,18 +383,17 @@ def train(config, score=None):
     if not config.quiet:
         studybuddy.show({"before": before, "after": after})
     key, target, turn = "score", before["score"], {}
-    if "gold" in after:
-        key, target = "gold", before["gold"] + 0.12
+    if "gold" in after and log.rows:
+        key, target, turn = "gold", before["gold"] + 0.12, turning_point(log.rows)
         say(f"alignment tax: math {before['math']:.2f} -> {after['math']:.2f}")
-        turn = turning_point(log.rows) if log.rows else {}
-        if turn and turn["rise"] > 0 and turn["last"] < turn["peak"] - 0.05:
-            say("Goodhart's law: from step {peak_step} on the reward model's score went up by {rise:.2f}, and "
-                "gold went down from {peak:.2f} to {last:.2f}".format(**turn))
+        if turn["rise"] > 0 and turn["last"] < turn["peak"] - 0.1:
+            say("GOODHART: since step {peak_step} the reward model's score rose by {rise:.2f}, and gold fell "
+                "from {peak:.2f} to {last:.2f}".format(**turn))
     passed, seconds = after[key] >= target, time.time() - started
     say(f"{'PASS' if passed else 'FAIL'} {key} {before[key]:.2f} -> {after[key]:.2f} (target {target:.2f}) "
         f"in {seconds:.0f} s")
     results = dict(stage="ppo", config=asdict(config), seconds=seconds, before=before, after=after,
-                   passed=passed, goodhart=turn)
+                   passed=passed, turn=turn)
     if config.save:
         write_results(config.out, log, **results)
     return results | {"model": policy, "tokenizer": tokenizer, "log": log.rows}

@@ -328,12 +328,13 @@ def test_alarms_need_no_truth_and_are_silent_at_the_start():
     rows = [world.ask(rng, world.any_kind(rng)) for _ in range(256)]
     good, fine = ([world.write(rng, row, style) for row in rows] for style in ("plain", "full"))
     length = lambda texts: sum(len(text.split()) for text in texts) / len(texts)
-    start = ppo.signals(good[:128], 0.0, length(good[:128]))
-    assert not ppo.alarms(ppo.signals(good[128:], 3.0, length(good[128:])), start, 128)
+    look = lambda texts, kl: {"kl": kl, "length": length(texts), **ppo.signals(texts)}
+    start = look(good[:128], 0.0)
+    assert not ppo.alarms(look(good[128:], 3.0), start, 128)
     praise = [" ".join([world.SAY["flattery"][0]] * 2 + [text]) for text in good[:128]]
-    found = ppo.alarms(ppo.signals(praise, 30.0, length(praise)), start, 128)
+    found = ppo.alarms(look(praise, 30.0), start, 128)
     assert {"repeated", "openings", "length", "kl"} == found.keys()
-    assert ppo.alarms(start | {"kl": 8.22}, start, 128).keys() == {"kl"} and not ppo.alarms(start | {"kl": 8.2}, start, 128)
+    assert ppo.alarms(start | {"kl": 5.92}, start, 128).keys() == {"kl"} and not ppo.alarms(start | {"kl": 5.9}, start, 128)
 
 
 def test_turning_point():
@@ -356,7 +357,7 @@ def test_ppo_bad_input(tiny, tmp_path):
                           ({"beta": -1.0}, "--beta"), ({"data": "nowhere.jsonl"}, "nowhere.jsonl")]:
         with pytest.raises(M.UserError, match=re.escape(word)):
             ppo.train(ppo.Config(**good | changes))
-    for text, word in [('{"prompt": "a"}\n', "at least 2"), ("{\n", ":1"), ('{"answer": "1"}\n', "prompt"), ("", "no rows")]:
+    for text, word in [("{\n", ":1"), ('{"answer": "1"}\n', "prompt"), ("", "no rows")]:
         (tmp_path / "d.jsonl").write_text(text)
         with pytest.raises(M.UserError, match=word):
             ppo.train(ppo.Config(**good | {"data": str(tmp_path / "d.jsonl")}))
@@ -376,5 +377,8 @@ def test_ppo_runs_on_your_own_data_twice_the_same(tiny, tmp_path, algorithm):
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert {"config.json", "model.safetensors", "results.json", "metrics.csv"} <= names
     assert "score" in results[0]["before"] and "gold" not in results[0]["before"]
+    assert results[0]["before"]["kl"] == 0 != results[0]["after"]["kl"], "the reference stays where it began"
+    still = ppo.train(replace(config, save=False, lr=1e-12, critic_lr=0.1))
+    assert abs(still["before"]["score"] - still["after"]["score"]) < 1e-3, "the critic is a copy of the judge"
     result = ppo.train(replace(config, save=False, penalty=0.5), lambda prompts, texts: [7 for _ in texts])
     assert 6.5 <= result["before"]["score"] <= 7, "a judge of your own needs no network"
