@@ -12,17 +12,21 @@ runs the toy of 0.9M parameters and the real models. Every script imports this f
 
 Left out: dropout (PPO's first ratio would not be 1), other architectures. Next: sft.py trains this network.
 """
-import argparse, base64, ctypes, dataclasses, functools, inspect, json, math, os, re, shlex, subprocess, sys
-import time, unicodedata
+import argparse, base64, contextlib, ctypes, dataclasses, functools, inspect, json, math, os, re, shlex
+import subprocess, sys, time, unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import tiktoken, tiktoken._educational
+import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
+
+if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+    # glibc gives big tensors back to the kernel, and each next one pays a page fault every 4 kB: keep them
+    ctypes.CDLL(None).mallopt(-3, 32 << 20), ctypes.CDLL(None).mallopt(-1, 1 << 30)
 
 class UserError(Exception):
     """Bad input: main() prints its one line and exits 2."""
@@ -30,9 +34,14 @@ class UserError(Exception):
 class Diverged(Exception):
     """Training had to stop, for instance at a loss of nan: main() exits 1."""
 
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    # glibc gives big tensors back to the kernel, and each next one pays a page fault every 4 kB: keep them
-    ctypes.CDLL(None).mallopt(-3, 32 << 20), ctypes.CDLL(None).mallopt(-1, 1 << 30)
+@contextlib.contextmanager
+def blame(what, problem="cannot be read"):
+    """Whatever goes wrong inside becomes a UserError of one line that names the file or flag."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AssertionError) as e:
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise UserError(f"{what}: {problem} ({reason})")
 
 # ---- the transformer: B batch, T time, C channels, V vocabulary, H query heads, K key heads, D head size
 
@@ -47,7 +56,7 @@ class ModelConfig:
     head_dim: int = None            # d_model // n_heads where not given
     max_len: int = 256
     rope_theta: float = 10000.0
-    rope_scaling: dict = None       # stretched positions: {"rope_type": "linear" or "llama3", "factor": ...}
+    rope_scaling: dict = None       # Llama 3's positions beyond those of its pretraining
     norm_eps: float = 1e-5
     tie: bool = True                # embedding and output projection are one matrix
     qkv_bias: bool = False          # Qwen2
@@ -57,15 +66,14 @@ class ModelConfig:
 
 def rope_turns(c):
     """Radians that channel pair i of a head turns from one position to the next: theta^(-2i/D). -> (D/2,)"""
-    turn, scaling = c.rope_theta ** -(torch.arange(0, c.head_dim, 2) / c.head_dim), c.rope_scaling
-    if not scaling:
-        return turn
-    if scaling.get("rope_type", scaling.get("type")) == "linear":
-        return turn / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]    # Llama 3: only slow turns
-    rounds = scaling["original_max_position_embeddings"] * turn / (2 * math.pi)
-    keep = ((rounds - low) / (high - low)).clamp(0, 1)
-    return turn * (keep + (1 - keep) / scaling["factor"])
+    turn = c.rope_theta ** -(torch.arange(0, c.head_dim, 2, device="cpu") / c.head_dim)
+    scaling = c.rope_scaling
+    if scaling:                     # Llama 3: only the slow turns become slower
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        rounds = scaling["original_max_position_embeddings"] * turn / (2 * math.pi)
+        keep = ((rounds - low) / (high - low)).clamp(0, 1)
+        turn = turn * (keep + (1 - keep) / scaling["factor"])
+    return turn
 
 def rotate(x, cos, sin):
     """Turns each pair (x[i], x[i + D/2]): (a cos - b sin, b cos + a sin). x (B, T, heads, D)"""
@@ -91,49 +99,48 @@ class Cache:
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.H, self.K, self.D = c.n_heads, c.n_kv_heads, c.head_dim
-        self.norm1, self.norm2 = nn.RMSNorm(c.d_model, c.norm_eps), nn.RMSNorm(c.d_model, c.norm_eps)
-        self.qkv = nn.Linear(c.d_model, (self.H + 2 * self.K) * self.D, bias=c.qkv_bias)   # one product for 3
-        self.out = nn.Linear(self.H * self.D, c.d_model, bias=False)
-        self.gate_up = nn.Linear(c.d_model, 2 * c.d_ff, bias=False)                        # one product for 2
-        self.down = nn.Linear(c.d_ff, c.d_model, bias=False)
+        C, queries, keys = c.d_model, c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+        self.D = c.head_dim
+        self.norm1, self.norm2 = nn.RMSNorm(C, c.norm_eps), nn.RMSNorm(C, c.norm_eps)
+        self.q = nn.Linear(C, queries, bias=c.qkv_bias)
+        self.k, self.v = nn.Linear(C, keys, bias=c.qkv_bias), nn.Linear(C, keys, bias=c.qkv_bias)
+        self.out = nn.Linear(queries, C, bias=False)
+        self.gate, self.up = nn.Linear(C, c.d_ff, bias=False), nn.Linear(C, c.d_ff, bias=False)
+        self.down = nn.Linear(c.d_ff, C, bias=False)
 
     def forward(self, x, cos, sin, allowed, cache, layer):
         x = x + self.out(self.attend(self.norm1(x), cos, sin, allowed, cache, layer))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)                            # (B, T, d_ff) each
-        return x + self.down(F.silu(gate) * up)
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
 
     def attend(self, x, cos, sin, allowed, cache, layer):
-        B, T, H, K, D = *x.shape[:2], self.H, self.K, self.D
-        qkv = self.qkv(x).view(B, T, H + 2 * K, D)
-        qk = rotate(qkv[:, :, :H + K], cos, sin)
-        q = qk[:, :, :H].transpose(1, 2)                                    # (B, H, T, D)
-        k, v = qk[:, :, H:].transpose(1, 2), qkv[:, :, H + K:].transpose(1, 2)              # (B, K, T, D)
+        B, T, D = *x.shape[:2], self.D
+        q, k, v = (linear(x).view(B, T, -1, D) for linear in (self.q, self.k, self.v))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H, T, D), twice (B, K, T, D)
         if cache:
             k, v = cache.add(layer, k, v)                                   # (B, K, S, D)
         if cache and T == 1:        # for one query, two plain products are faster than torch's attention
-            scores = q.reshape(B, K, H // K, D) * D ** -0.5 @ k.mT          # (B, K, H/K, S)
+            scores = q.reshape(B, k.shape[1], -1, D) * D ** -0.5 @ k.mT     # (B, K, H/K, S)
             scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
-            return (scores.softmax(-1) @ v).reshape(B, 1, H * D)
-        y = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=H != K)
-        return y.transpose(1, 2).reshape(B, T, H * D)
+            return (scores.softmax(-1) @ v).reshape(B, 1, -1)
+        groups = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, allowed, is_causal=allowed is None, enable_gqa=groups)
+        return y.transpose(1, 2).reshape(B, T, -1)                          # (B, T, H * D)
 
 class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, C, V = config, config.d_model, config.vocab_size
-        self.embed = nn.Embedding.from_pretrained(torch.empty(V, C), freeze=False)  # filled below
+        self.turns = rope_turns(config)
+        self.embed = nn.Embedding(V, C)
         self.unembed = None if config.tie else nn.Linear(C, V, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(C, config.norm_eps)
         for name, p in self.named_parameters():
-            if p.is_meta:           # load() brings the values
-                continue
             if p.dim() == 2:        # what adds to the residual stream starts smaller, as in GPT-2
                 adds = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layers) if adds else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
 
     def hidden(self, ids, mask=None, cache=None):
         """ids (B, T) -> (B, T, C). mask is True at real tokens, an unbroken run in each row: padding is on
@@ -148,7 +155,7 @@ class Transformer(nn.Module):
             # padding sees itself, since a softmax over nothing is nan
             allowed = mask[:, None, None] & square.tril()[past:] | square.diag().diag()[past:]  # (B, 1, T, S)
         position = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]              # (B, T) 0 at the first real token
-        angle = position[:, :, None, None] * rope_turns(self.config).to(ids.device)         # (B, T, 1, D/2)
+        angle = position[:, :, None, None] * self.turns.to(ids.device)         # (B, T, 1, D/2)
         x, cos, sin = self.embed(ids), angle.cos(), angle.sin()
         cos, sin = (torch.cat(pair, -1).to(x.dtype) for pair in ([cos, cos], [-sin, sin]))  # (B, T, 1, D)
         for layer, block in enumerate(self.blocks):
@@ -180,24 +187,21 @@ class ScalarModel(nn.Module):
 
 EOT, START, END, PAD = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"
 # Text is first cut into pieces that no token crosses: a word or number with the space before it, and so on.
-PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"    # ours
-GPT2 = PIECES.replace("{1,2}", "+")
+GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # SmolLM2 first cuts out every digit, so that spaces before a digit end their piece
 DIGITS = r"\p{N}|" + GPT2.replace(r"| ?\p{N}+", "").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+
+PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"        # ours
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's, and what some real vocabularies need: a Unicode normal form, bytes that they lack."""
-    form, lacks, files = None, b"", {}
+    form, size, files = None, math.inf, {}
 
     def encode_ordinary(self, text):
         text = unicodedata.normalize(self.form, text) if self.form else text
-        if not {*text.encode(errors="replace")} & {*self.lacks}:
-            return super().encode_ordinary(text)
-        pieces = tiktoken._educational.regex.findall(self._pat_str, text)
-        pieces = [piece.encode(errors="replace").translate(None, self.lacks) for piece in pieces]
-        return [i for piece in pieces if piece for i in self._encode_single_piece(piece)]
+        return [i for i in super().encode_ordinary(text) if i < self.size]      # see load_tokenizer
 
 @functools.cache
 def byte_letters():
@@ -238,7 +242,7 @@ def huggingface_files(ranks, specials):
 def load_tokenizer(folder, vocab_size):
     """A folder's tokenizer.json, if it is byte-level BPE. -> Tokenizer"""
     path = Path(folder) / "tokenizer.json"
-    try:
+    with blame(path):
         spec = json.loads(path.read_text(encoding="utf-8"))
         steps, form = spec.get("pre_tokenizer") or {}, (spec.get("normalizer") or {}).get("type")
         steps = steps.get("pretokenizers", [steps])
@@ -246,24 +250,21 @@ def load_tokenizer(folder, vocab_size):
         known = {("Split", "ByteLevel"): cut, ("Digits", "ByteLevel"): DIGITS, ("ByteLevel",): GPT2}
         vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
         made = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in merges]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: no tokenizer that can be read ({type(e).__name__}: {e})")
     in_order = [*dict.fromkeys(made)] == sorted({*made})        # then ids can be tiktoken's ranks
-    if not (pattern := known.get(kinds)) or form not in (None, "NFC") or not in_order:
+    if not known.get(kinds) or form not in (None, "NFC") or not in_order:
         raise UserError(f"{path}: not byte-level BPE as in GPT-2, Llama 3, Qwen2, SmolLM2 ({kinds}, {form})")
     byte = {letter: b for b, letter in byte_letters().items()}
     specials = {token["content"]: token["id"] for token in spec["added_tokens"]}
     ranks = {bytes(byte[x] for x in token): i for token, i in vocab.items() if token not in specials}
-    lacks = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-    # tiktoken wants every byte: those missing get ids past the vocabulary. Free ids get a name, to decode.
-    taken = {*ranks.values(), *specials.values()}
-    top = max(vocab_size, *(i + 1 for i in taken))
-    specials |= {f"<|unused_{i}|>": i for i in range(top) if i not in taken}
-    ranks |= {byte: top + i for i, byte in enumerate(lacks)}
-    tokenizer = Tokenizer(str(folder), pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
-    tokenizer.form, tokenizer.lacks = form, b"".join(lacks)
+    # tiktoken wants every byte and every id: a byte that is missing gets an id past the vocabulary, which
+    # encode_ordinary leaves out; an id that is free gets a name
+    size = max(vocab_size, *(i + 1 for i in (*vocab.values(), *specials.values())))
+    specials |= {f"<|unused_{i}|>": i for i in {*range(size)} - {*ranks.values()} - {*specials.values()}}
+    ranks = {bytes([b]): size + b for b in range(256)} | ranks
+    tokenizer = Tokenizer(str(folder), pat_str=known[kinds], mergeable_ranks=ranks, special_tokens=specials)
     files = [path.parent / x for x in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
     tokenizer.files = {file.name: file.read_text(encoding="utf-8") for file in files if file.exists()}
+    tokenizer.form, tokenizer.size = form, size
     return tokenizer
 
 def special(tokenizer, token):
@@ -327,15 +328,17 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
     if P + max_new > room:
         raise UserError(f"a prompt of {P} tokens and {max_new} new ones do not fit the context of {room}")
     owner = torch.arange(len(prompts)).repeat_interleave(n)                 # (B,) whose answer a row is
-    ids, mask = pad(prompts, blank, left=True), pad([[1] * len(p) for p in prompts], 0, left=True)
-    ids = F.pad(ids[owner], (0, max_new), value=blank).to(device)           # (B, P+T)
-    mask = F.pad(mask[owner], (0, max_new), value=1).bool().to(device)      # (B, P+T) what will come counts
-    logps, new = torch.zeros(ids.shape, device=device), torch.arange(P + max_new, device=device) >= P
+    ids = F.pad(pad(prompts, blank, left=True), (0, max_new), value=blank)[owner].to(device)        # (B, P+T)
+    at, length = torch.arange(P + max_new, device=device), torch.tensor([len(p) for p in prompts])
+    new, mask = at >= P, at >= (P - length[owner, None]).to(device)         # (B, P+T) what will come counts
+    logps = torch.zeros(ids.shape, device=device)
+    hidden = torch.inference_mode()(model.hidden)                           # quicker than no_grad
     for rows in torch.arange(len(ids)).split(batch):
         shared, copy = owner[rows].unique(return_inverse=True)              # each prompt goes through once
         cache = Cache(P + max_new)
-        h = model.hidden(ids[shared * n, :P], mask[shared * n, :P], cache)[copy, -1]        # (rows, C)
-        cache.select(copy)
+        h = hidden(ids[shared * n, :P], mask[shared * n, :P], cache)[copy, -1]              # (rows, C)
+        if n > 1:
+            cache.select(copy)
         going = torch.ones(len(rows), dtype=torch.bool)
         for t in range(P, P + max_new):
             logits = model.head(h).float()                                  # (rows, V)
@@ -349,7 +352,7 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
                 rows, token = rows[going], token[going]
                 cache.select(going)
                 going = going[going]
-            h = model.hidden(token[:, None], mask[rows, :t + 1], cache)[:, 0]
+            h = hidden(token[:, None], mask[rows, :t + 1], cache)[:, 0]
     stop = (ids == end) & new                                               # (B, P+T)
     answer = new & (stop.cumsum(1) - stop.long() == 0)                      # up to the first end token
     mask &= answer | ~new
@@ -379,18 +382,24 @@ FIELDS = dict(vocab_size="vocab_size", d_model="hidden_size", n_layers="num_hidd
               d_ff="intermediate_size", n_heads="num_attention_heads", n_kv_heads="num_key_value_heads",
               head_dim="head_dim", max_len="max_position_embeddings", norm_eps="rms_norm_eps",
               tie="tie_word_embeddings")
+PARTS = dict(embed="model.embed_tokens", blocks="model.layers", norm="model.norm", unembed="lm_head",
+             q="self_attn.q_proj", k="self_attn.k_proj", v="self_attn.v_proj", out="self_attn.o_proj",
+             gate="mlp.gate_proj", up="mlp.up_proj", down="mlp.down_proj", norm1="input_layernorm",
+             norm2="post_attention_layernorm", mean="score.mean")
+
+def their_name(name):
+    """blocks.0.q.weight -> model.layers.0.self_attn.q_proj.weight"""
+    return ".".join(PARTS.get(part, part) for part in name.removeprefix("transformer.").split("."))
 
 def read_safetensors(path):
     """The format: 8 bytes of length, a JSON header {name: {dtype, shape, data_offsets}}, raw bytes."""
-    try:
+    with blame(path):
         raw = np.memmap(path, np.uint8, mode="c")
         start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
         header = json.loads(raw[8:start].tobytes())
         header.pop("__metadata__", None)
         cut = lambda begin, end, dtype: torch.from_numpy(raw[start + begin:start + end]).view(DTYPES[dtype])
         return {name: cut(*t["data_offsets"], t["dtype"]).view(t["shape"]) for name, t in header.items()}
-    except (OSError, ValueError, KeyError, RuntimeError) as e:
-        raise UserError(f"{path}: not a safetensors file that can be read ({type(e).__name__}: {e})")
 
 def write_safetensors(path, tensors):
     header, offset, kinds = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in DTYPES.items()}
@@ -404,84 +413,53 @@ def write_safetensors(path, tensors):
         for t in tensors.values():
             f.write(t.contiguous().view(-1).view(torch.uint8).numpy())
 
-def tensor_names(c):
-    """(our parameter, [(Hugging Face tensor, its rows), ...]): one of ours is several of theirs stacked."""
-    H, K, D, C, V, N = c.n_heads, c.n_kv_heads, c.head_dim, c.d_model, c.vocab_size, "input_layernorm"
-    yield "embed.weight", [("model.embed_tokens.weight", V)]
-    yield "norm.weight", [("model.norm.weight", C)]
-    if not c.tie:
-        yield "unembed.weight", [("lm_head.weight", V)]
-    for i in range(c.n_layers):
-        parts = dict(qkv=[(f"self_attn.{x}_proj", heads * D) for x, heads in zip("qkv", (H, K, K))],
-                     gate_up=[(f"mlp.{x}_proj", c.d_ff) for x in ("gate", "up")],
-                     out=[("self_attn.o_proj", C)], down=[("mlp.down_proj", C)], norm1=[(N, C)],
-                     norm2=[("post_attention_layernorm", C)])
-        for ours, theirs in parts.items():
-            for kind in ["weight", "bias"] if ours == "qkv" and c.qkv_bias else ["weight"]:
-                stacked = [(f"model.layers.{i}.{name}.{kind}", rows) for name, rows in theirs]
-                yield f"blocks.{i}.{ours}.{kind}", stacked
-
 def read_config(folder):
     path = Path(folder) / "config.json"
-    try:
+    with blame(path):
         c = json.loads(path.read_text(encoding="utf-8"))
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
         family, kind = c.get("model_type"), rope.get("rope_type", rope.get("type", "default"))
         odd = [x for x in ("attention_bias", "mlp_bias", "use_sliding_window") if c.get(x)]
-        if family not in ("llama", "qwen2") or kind not in ("default", "linear", "llama3") or odd:
+        if family not in ("llama", "qwen2") or kind not in ("default", "llama3") or odd:
             odd = " ".join([f"model_type {family}, rope {kind}", *odd])
             raise UserError(f"{path}: {odd} is another architecture than Llama's or Qwen2's")
         c = dict(num_key_value_heads=c["num_attention_heads"], head_dim=None, tie_word_embeddings=False) | c
         theta = rope.pop("rope_theta", None) or c.get("rope_theta") or 10000
         return ModelConfig(**{ours: c[theirs] for ours, theirs in FIELDS.items()}, qkv_bias=family == "qwen2",
                            rope_theta=float(theta), rope_scaling=None if kind == "default" else rope)
-    except OSError:
-        raise UserError(f"{folder}: " + ("no config.json" if Path(folder).is_dir() else "no such folder"))
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: not the config of a model ({type(e).__name__}: {e})")
 
-def load(folder, device="cpu", dtype=None, scalar=False):
+def load(folder, device="cpu", dtype=torch.float32, scalar=False):
     """A Hugging Face folder -> (Transformer, tokenizer)"""
-    config, folder, tensors, state = read_config(folder), Path(folder), {}, {}
-    index = folder / "model.safetensors.index.json"
-    sharded = index.exists() and not (folder / "model.safetensors").exists()
-    shards = json.loads(index.read_text())["weight_map"].values() if sharded else ["model.safetensors"]
-    for shard in {*shards}:
+    folder, config, tensors, state = Path(folder), read_config(folder), {}, {}
+    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists() and not (folder / shards[0]).exists():
+        shards = {*json.loads(index.read_text())["weight_map"].values()}
+    for shard in shards:
         tensors |= read_safetensors(folder / shard)
     if scalar != ("score.weight" in tensors):
         raise UserError(f"{folder}: {'not a' if scalar else 'a'} scalar model (reward model, critic)")
     with torch.device("meta"):                    # no memory and no time for random numbers
         model = Transformer(config)
-    for ours, theirs in tensor_names(config):
-        shape = model.get_parameter(ours).shape
-        for name, rows in theirs:
-            if name not in tensors or tensors[name].shape != (rows, *shape[1:]):
-                found = list(tensors[name].shape) if name in tensors else "missing"
-                raise UserError(f"{folder}: tensor {name} is {found}, expected {[rows, *shape[1:]]}")
-        state[ours] = torch.cat([tensors[name] for name, _ in theirs]).to(dtype or torch.float32)
+        model = ScalarModel(model, len(tensors["score.weight"])) if scalar else model
+    for ours, blank in model.state_dict().items():
+        name, found = their_name(ours), tensors.get(their_name(ours))
+        if found is None or found.shape != blank.shape:
+            found = "missing" if found is None else [*found.shape]
+            raise UserError(f"{folder}: tensor {name} is {found}, expected {[*blank.shape]}")
+        state[ours] = found.to(dtype, copy=True)  # the file could change, and is not aligned
     model.load_state_dict(state, assign=True)
-    if scalar:
-        model = ScalarModel(model, len(tensors["score.weight"]))
-        score = {"score.weight": tensors["score.weight"], "mean": tensors["score.mean"]}
-        model.load_state_dict(score, strict=False)
-    try:
-        return model.to(device, dtype or torch.float32), load_tokenizer(folder, config.vocab_size)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"device {device}: {str(e).splitlines()[0]}")
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    with blame(f"device {device}", "cannot be used"):
+        return model.to(device), tokenizer
 
 load_scalar = functools.partial(load, scalar=True)      # a folder that save() wrote for a ScalarModel
 
 def save(folder, model, tokenizer, dtype=torch.float32):
     """Writes a folder that load() and transformers open. All is written beside what is there, then renamed:
-    killed at any moment, a whole checkpoint is there to load. LoRAs are merged in what is written."""
-    scalar, c, tensors = isinstance(model, ScalarModel), model.config, {}
-    transformer = model.transformer if scalar else model
-    for ours, theirs in tensor_names(c):
-        value = functools.reduce(getattr, ours.split("."), transformer).detach().to("cpu", dtype)
-        tensors |= zip([name for name, _ in theirs], value.split([rows for _, rows in theirs]))
-    if scalar:
-        score = model.score.weight.detach().to("cpu", dtype)
-        tensors |= {"score.weight": score, "score.mean": model.mean.cpu()}
+    killed at any moment, a whole checkpoint is there to load."""
+    if any(map(parametrize.is_parametrized, model.modules())):
+        raise ValueError("merge_lora(model) comes before save()")
+    scalar, c = isinstance(model, ScalarModel), model.config
     family, task = "Qwen2" if c.qkv_bias else "Llama", "SequenceClassification" if scalar else "CausalLM"
     config = {theirs: getattr(c, ours) for ours, theirs in FIELDS.items()} | dict(
         architectures=[f"{family}For{task}"], model_type=family.lower(), hidden_act="silu",
@@ -489,6 +467,7 @@ def save(folder, model, tokenizer, dtype=torch.float32):
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta} | (c.rope_scaling or {}),
         eos_token_id=special(tokenizer, END), pad_token_id=special(tokenizer, PAD))
     config |= {"id2label": {i: f"score {i}" for i in range(len(model.mean))}} if scalar else {}
+    tensors = {their_name(name): t.to("cpu", dtype) for name, t in model.state_dict().items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_safetensors(Path(folder) / "model.safetensors.tmp", tensors)
     texts = tokenizer.files | {"config.json": json.dumps(config, indent=1)}
@@ -515,38 +494,32 @@ def orthogonalise(X, steps=5):
     return X
 
 class Muon(torch.optim.AdamW):
-    """Muon (Jordan 2024) in groups with muon=True, AdamW in the others."""
+    """Muon (Jordan 2024) in groups with muon=True, each of matrices of one shape; AdamW in the others."""
     @torch.no_grad()
     def step(self):
-        shapes = {}                               # matrices of one shape go through together
         for group in self.param_groups:
-            for p in group["params"]:
-                if group["muon"] and p.grad is not None:
-                    shapes.setdefault(p.shape, []).append((p, group))
-        for shape, members in shapes.items():
-            grads = torch.stack([p.grad for p, _ in members])               # (N, rows, columns)
-            state = self.state[members[0][0]]
-            if not state:                         # AdamW expects a "step" in any state that it loads
-                state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(grads)}
-            momentum = state["momentum"].lerp_(grads, 0.05)
-            # scaled to the size of AdamW's updates, so that one learning rate serves both (Liu 2025)
-            updates = orthogonalise(grads.lerp(momentum, 0.95)) * 0.2 * max(shape) ** 0.5
-            for (p, group), update in zip(members, updates):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
-                p.grad = None                     # done: AdamW passes over it
+            params = [p for p in group["params"] if group["muon"] and p.grad is not None]
+            if params:
+                grads = torch.stack([p.grad for p in params])               # (N, rows, columns)
+                state = self.state[params[0]]
+                if not state:                     # AdamW expects a "step" in any state that it loads
+                    state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(grads)}
+                updates = orthogonalise(grads.lerp(state["momentum"].lerp_(grads, 0.05), 0.95))
+                for p, update in zip(params, updates):
+                    # scaled to the size of AdamW's updates, so that one learning rate serves both (Liu 2025)
+                    p.sub_(update, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                    p.grad = None                 # done: AdamW passes over it
         super().step()
 
-def optimizer(model, lr, kind="adamw", weight_decay=0.0):
+def optimizer(model, lr, kind="adamw"):
     """AdamW; or Muon for the matrices of the blocks and AdamW for embedding and vectors."""
-    if kind not in ("adamw", "muon"):
-        raise UserError(f"optimizer {kind!r}: choose adamw or muon")
     groups = {}
     for name, p in model.named_parameters():
-        matrix = p.dim() == 2                     # weight decay is for matrices
+        muon = {"adamw": False, "muon": True}[kind] and "blocks." in name and p.dim() == 2
         if p.requires_grad:
-            groups.setdefault((matrix, matrix and "blocks." in name and kind == "muon"), []).append(p)
-    return Muon([dict(params=params, muon=muon, weight_decay=weight_decay * matrix)
-                 for (matrix, muon), params in groups.items()], lr=lr, betas=(0.9, 0.95), fused=True)
+            groups.setdefault((muon, p.shape if muon else None), []).append(p)
+    return Muon([dict(params=params, muon=muon) for (muon, _), params in groups.items()],
+                lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 def schedule(step, steps, warmup=10):
     """The learning rate's factor: up in a few steps, then down to 0 in a straight line."""
@@ -571,7 +544,7 @@ def add_lora(model, rank):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 def merge_lora(model):
-    """W becomes W + 2 B A: an ordinary model again."""
+    """W becomes W + 2 B A: an ordinary model again, which can be saved."""
     for m in [m for m in model.modules() if parametrize.is_parametrized(m)]:
         parametrize.remove_parametrizations(m, "weight")
     model.requires_grad_(True)
@@ -580,16 +553,13 @@ def merge_lora(model):
 
 def read_jsonl(path, need=()):
     """JSON lines -> list of dicts with all the fields in `need`, or an error that names the line."""
-    try:
-        lines, rows = Path(path).read_text(encoding="utf-8").split("\n"), []
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read ({e})")
+    rows = []
+    with blame(path):
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     for i, line in enumerate(lines, 1):
         if line.strip():
-            try:
+            with blame(f"{path}:{i}", "not JSON"):
                 rows.append(json.loads(line))
-            except ValueError as e:
-                raise UserError(f"{path}:{i}: not JSON ({e})")
             if not isinstance(rows[-1], dict):
                 raise UserError(f"{path}:{i}: expected an object in braces, found {line[:40]}")
             for field in need:
@@ -601,10 +571,7 @@ def read_jsonl(path, need=()):
 
 def parse(Config, doc, argv=None):
     """A dataclass -> command-line flags -> a Config. The comment behind each field is its help."""
-    try:
-        comments = dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(Config), re.M))
-    except OSError:                               # typed into a terminal: no source to read
-        comments = {}
+    comments = dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(Config):
@@ -614,14 +581,19 @@ def parse(Config, doc, argv=None):
         parser.add_argument(*names, default=field.default, help=text.replace("%", "%%"), **how)
     return Config(**vars(parser.parse_args(argv)))
 
-def main(Config, train, doc):
+@contextlib.contextmanager
+def exit_codes():
     try:
-        train(parse(Config, doc))
+        yield
     except (UserError, Diverged) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)
-    except KeyboardInterrupt:                     # outside of the loop, which saves what there is
+    except (KeyboardInterrupt, EOFError):         # outside of the loop, which saves what there is
         sys.exit("\ninterrupted")
+
+def main(Config, train, doc):
+    with exit_codes():
+        train(parse(Config, doc))
 
 class Log:
     """The numbers of every step: all of them for metrics.csv, at most 20 rows on the screen."""
@@ -670,9 +642,5 @@ def chat(folders):
             print(f"{folder}> {reply}")
 
 if __name__ == "__main__":
-    try:
+    with exit_codes():
         chat(sys.argv[1:]) if sys.argv[1:] and "--help" not in sys.argv else print(__doc__)
-    except UserError as e:
-        sys.exit(print(f"error: {e}", file=sys.stderr) or 2)
-    except (EOFError, KeyboardInterrupt):
-        print()
