@@ -1035,12 +1035,14 @@ def test_batches_hold_every_row_once_and_few_pads():
 
 
 def test_sft_learns(tmp_path):
-    """A short run from an untrained model must learn a lot; from the base, which knows the language, the voice."""
+    """A short run from an untrained model must learn a lot; from the base, which knows the language,
+    the voice."""
     tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
     torch.manual_seed(0)
     M.save(tmp_path / "fresh", M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab)), tokenizer)
     for init, share in [(tmp_path / "fresh", 0.7), (BASE, 0.97)]:
-        run = sft.train(sft.Config(init=str(init), data=str(world.HERE / "sft.jsonl"), out=str(tmp_path / "run"),
+        run = sft.train(sft.Config(init=str(init), data=str(world.HERE / "sft.jsonl"),
+                                   out=str(tmp_path / "run"),
                                    steps=60, batch=1024, lr=2e-3 if share < 0.9 else 5e-4, quiet=True))
         assert run["after"]["held_out"] < share * run["before"]["held_out"]
     model, tokenizer = M.load(tmp_path / "run")
@@ -1177,7 +1179,8 @@ def test_reward_hand_worked_example():
     a, b = torch.tensor([1.2], requires_grad=True), torch.tensor([0.8], requires_grad=True)
     loss = R.bradley_terry_loss(b, a)
     loss.backward()
-    assert torch.sigmoid(b - a).item() == pytest.approx(0.401, abs=5e-4) and loss.item() == pytest.approx(0.913, abs=5e-4)
+    assert torch.sigmoid(b - a).item() == pytest.approx(0.401, abs=5e-4) and \
+        loss.item() == pytest.approx(0.913, abs=5e-4)
     assert b.grad.item() == pytest.approx(-0.599, abs=5e-4)     # a step against it: up
     assert a.grad.item() == pytest.approx(0.599, abs=5e-4)
     for number in ("1.2", "0.8", "0.401", "0.913", "0.599"):
@@ -1194,20 +1197,24 @@ def test_reward_bradley_terry_margin_and_center():
     assert free.item() == pytest.approx(R.bradley_terry_loss(torch.tensor(w), torch.tensor(l)).item())
     assert R.bradley_terry_loss(torch.zeros(3), torch.zeros(3)).item() == pytest.approx(math.log(2))
     # a margin asks for more: with one, the same scores are not yet good enough
-    assert R.bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0])) == pytest.approx(math.log(2))
+    assert R.bradley_terry_loss(torch.tensor([1.0]), torch.tensor([0.0]), torch.tensor([1.0])) == \
+        pytest.approx(math.log(2))
 
 
 def test_reward_plackett_luce():
     rng = np.random.default_rng(1)
     r = rng.normal(size=(5, 4))
-    want = np.mean([-sum(math.log(math.exp(row[k]) / sum(math.exp(x) for x in row[k:])) for k in range(4)) for row in r])
+    want = np.mean([-sum(math.log(math.exp(row[k]) / sum(math.exp(x) for x in row[k:])) for k in range(4))
+                    for row in r])
     assert R.plackett_luce_loss(torch.tensor(r)).item() == pytest.approx(want)
     two = torch.tensor(r[:, :2])
-    assert R.plackett_luce_loss(two).item() == pytest.approx(R.bradley_terry_loss(two[:, 0], two[:, 1]).item())
+    assert R.plackett_luce_loss(two).item() == \
+        pytest.approx(R.bradley_terry_loss(two[:, 0], two[:, 1]).item())
     orders = torch.tensor([[r[0][i] for i in order] for order in itertools.permutations(range(4))])
     chances = [math.exp(-R.plackett_luce_loss(order[None]).item()) for order in orders]
     assert sum(chances) == pytest.approx(1)                     # one of the 24 orders it is
-    assert max(range(24), key=chances.__getitem__) == int(orders.sort(descending=True).values.eq(orders).all(1).nonzero())
+    assert max(range(24), key=chances.__getitem__) == \
+        int(orders.sort(descending=True).values.eq(orders).all(1).nonzero())
     big = torch.tensor([[500.0, 0.0, -500.0]])                  # no overflow
     assert R.plackett_luce_loss(big).item() == pytest.approx(0)
 
@@ -1221,7 +1228,8 @@ def test_reward_outcome_and_process_losses():
     assert loss.item() == pytest.approx(np.mean(each)) and len(each) == 4
     loss.backward()
     assert (R_.grad[1, 1:] == 0).all() and (R_.grad[0] * torch.tensor([-1, 1, -1]) > 0).all()
-    assert R.outcome_loss(R_[:, 0], torch.tensor([1.0, 0.0]).double()).item() == pytest.approx((each[0] + each[3]) / 2)
+    assert R.outcome_loss(R_[:, 0], torch.tensor([1.0, 0.0]).double()).item() == \
+        pytest.approx((each[0] + each[3]) / 2)
 
 
 def test_reward_combining_heads():
@@ -1232,24 +1240,31 @@ def test_reward_combining_heads():
     assert R.combine(one).tolist() == one[:, 0].tolist()
     helpful_harm, dull = torch.tensor([9.0, -3.0, 3.0]), torch.tensor([0.0, 3.0, 3.0])
     assert R.combine(helpful_harm) < R.combine(dull) and helpful_harm.sum() > dull.sum()    # no trading
-    assert R.combine(helpful_harm, torch.tensor([1.0, 0.0, 0.0])) > R.combine(dull, torch.tensor([1.0, 0.0, 0.0]))
+    assert R.combine(helpful_harm, torch.tensor([1.0, 0.0, 0.0])) > \
+        R.combine(dull, torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_generative_judge_averages_both_orders():
-    strength, liking = torch.tensor([1.5, -0.4]), 0.8           # logit of "w is better", and of "A" whatever it is
-    logits = torch.tensor([[[s + liking, 0], [liking, s]] for s in strength.tolist()])      # (B, order, letter)
+    # logit of "w is better", and of "A" whatever it is
+    strength, liking = torch.tensor([1.5, -0.4]), 0.8
+    # (B, order, letter)
+    logits = torch.tensor([[[s + liking, 0], [liking, s]] for s in strength.tolist()])
     margin, bias = R.generative_margin(logits.log_softmax(-1))
-    assert margin.tolist() == pytest.approx(strength.tolist()) and bias.tolist() == pytest.approx([liking] * 2)
+    assert margin.tolist() == pytest.approx(strength.tolist()) and \
+        bias.tolist() == pytest.approx([liking] * 2)
     swapped, same = R.generative_margin(logits.log_softmax(-1).flip(1))                     # l for w
-    assert swapped.tolist() == pytest.approx((-strength).tolist()) and same.tolist() == pytest.approx([liking] * 2)
-    want = np.mean([-(math.log(sigmoid(s + liking)) + math.log(sigmoid(s - liking))) / 2 for s in strength.tolist()])
+    assert swapped.tolist() == pytest.approx((-strength).tolist()) and \
+        same.tolist() == pytest.approx([liking] * 2)
+    want = np.mean([-(math.log(sigmoid(s + liking)) + math.log(sigmoid(s - liking))) / 2
+                    for s in strength.tolist()])
     assert R.generative_loss(logits.log_softmax(-1)).item() == pytest.approx(want)
 
 
 def test_reward_calibration_error():
     p, z = torch.tensor([0.62, 0.68, 0.91, 0.95]), torch.tensor([1, 0, 1, 1])
     ece, table = R.calibration_error(p, z)                      # bins 0.6-0.7 and 0.9-1
-    assert ece == pytest.approx(0.5 * abs(0.65 - 0.5) + 0.5 * abs(0.93 - 1)) and [row[0] for row in table] == [2, 2]
+    assert ece == pytest.approx(0.5 * abs(0.65 - 0.5) + 0.5 * abs(0.93 - 1)) and \
+        [row[0] for row in table] == [2, 2]
     p = torch.rand(200_000, generator=torch.Generator().manual_seed(0))
     z = torch.rand(200_000, generator=torch.Generator().manual_seed(1)) < p
     assert R.calibration_error(p, z)[0] < 0.005 and R.calibration_error(1 - p, z)[0] > 0.3
@@ -1285,10 +1300,13 @@ def test_reward_reads_the_right_tokens(tok_reward_model):
     assert at == [len(ids) - 1] and ids[-1] == M.special(tok_reward_model, M.END) and ids.count(ids[-1]) == 4
     steps = ["First 2 + 3 = 5.", "Then 5 + 4 = 9.", "The answer is 9."]
     ids, at = R.encode(tok_reward_model, R.conversation(PROMPT, " ".join(steps)), "process", steps)
-    assert [t.split("assistant\n")[-1] for t in text(ids, at)] == [steps[0], " ".join(steps[:2]), " ".join(steps)]
+    assert [t.split("assistant\n")[-1] for t in text(ids, at)] == [steps[0], " ".join(steps[:2]),
+                                                                   " ".join(steps)]
     for one in ("It is 9.", "No."):
-        ids, at = R.encode(tok_reward_model, R.compare(R.conversation("Hi", one), R.conversation("Hi", "Go away.")), "generative")
-        assert text(ids, at)[0].endswith("assistant\n") and tok_reward_model.decode(ids[at[0] + 1:]) == "A<|im_end|>"
+        both = R.compare(R.conversation("Hi", one), R.conversation("Hi", "Go away."))
+        ids, at = R.encode(tok_reward_model, both, "generative")
+        assert text(ids, at)[0].endswith("assistant\n")
+        assert tok_reward_model.decode(ids[at[0] + 1:]) == "A<|im_end|>"
 
 
 def test_reward_formats_of_pairs():
@@ -1320,11 +1338,13 @@ def test_reward_padding_and_company_change_nothing(tiny, tok_reward_model):
     rows = [R.encode(tok_reward_model, chat) for chat in chats]
     with torch.no_grad():
         for model in (judge, tiny):
-            together, alone = R.read(model, tok_reward_model, rows), torch.cat([R.read(model, tok_reward_model, [row]) for row in rows])
+            together, alone = R.read(model, tok_reward_model, rows), \
+                torch.cat([R.read(model, tok_reward_model, [row]) for row in rows])
             assert together.shape == (3, 1, 3 if model is judge else 2)
             assert torch.allclose(together, alone, atol=1e-5)
     shuffled = R.read_all(judge, tok_reward_model, [rows[2], rows[0], rows[1]])
-    assert torch.allclose(torch.stack(shuffled)[[1, 2, 0]], R.read(judge, tok_reward_model, rows).detach(), atol=1e-5)
+    assert torch.allclose(torch.stack(shuffled)[[1, 2, 0]], R.read(judge, tok_reward_model, rows).detach(),
+                          atol=1e-5)
 
 
 def test_reward_split_keeps_prompts_apart(tok_reward_model):
@@ -1333,22 +1353,28 @@ def test_reward_split_keeps_prompts_apart(tok_reward_model):
     prompts = [{world.flat(e.source["prompt"]) for e in side} for side in (rows, held)]
     assert not prompts[0] & prompts[1] and 0.1 < len(held) / (len(rows) + len(held)) < 0.25
     assert len(rows) + len(held) == 1000
-    labels = [e for side in R.examples(R.Config(kind="process", data="data/steps.jsonl"), tok_reward_model, 256) for e in side]
+    sides = R.examples(R.Config(kind="process", data="data/steps.jsonl"), tok_reward_model, 256)
+    labels = [e for side in sides for e in side]
     assert all(len(e.label) == len(e.rows[0][1]) for e in labels)
 
 
 @pytest.mark.parametrize("kind, lines, want", [
-    ("pairs", ["{"], ":1: not JSON"), ("pairs", [], "no rows"), ("nothing", [{"prompt": "x"}], "choose pairs"),
-    ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "b"}, "", {"prompt": "x", "chosen": "a"}], ":3: .*rejected"),
+    ("pairs", ["{"], ":1: not JSON"), ("pairs", [], "no rows"),
+    ("nothing", [{"prompt": "x"}], "choose pairs"),
+    ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "b"}, "", {"prompt": "x", "chosen": "a"}],
+     ":3: .*rejected"),
     ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "a"}], ":1: .*same"),
     ("pairs", [{"prompt": "x", "chosen": "a", "rejected": " "}], ":1: .*empty"),
     ("pairs", [{"prompt": "x", "chosen": "a " * 300, "rejected": "b"}], "1 of 1 rows are too long"),
     ("ranked", [{"prompt": "x", "responses": ["a", "a"]}], ":1: .*same"),
-    ("process", [{"prompt": f"x {i}", "steps": ["a.", "b."], "labels": [1, 0][:1 + (i < 30)]} for i in range(31)],
+    ("process", [{"prompt": f"x {i}", "steps": ["a.", "b."], "labels": [1, 0][:1 + (i < 30)]}
+                 for i in range(31)],
      ":31: .*number of labels"),
-    ("ranked", [{"prompt": f"x {i}", "responses": ["a", "b", "c"][:2 + (i > 8)]} for i in range(40)], "more answers"),
+    ("ranked", [{"prompt": f"x {i}", "responses": ["a", "b", "c"][:2 + (i > 8)]} for i in range(40)],
+     "more answers"),
     ("outcome", [{"prompt": "x", "steps": ["a.", "b."]}], ":1: .*labels"),
-    ("multi", [{"prompt": "x", "chosen": "y", "rejected": "z", "marks": [{"helpful": 1, "harmless": "?", "honest": 1}]}], ":1: "),
+    ("multi", [{"prompt": "x", "chosen": "y", "rejected": "z",
+                "marks": [{"helpful": 1, "harmless": "?", "honest": 1}]}], ":1: "),
     ("pairs", [{"prompt": "x", "chosen": "a", "rejected": "b"}], "too few")])
 def test_reward_bad_input(kind, lines, want, folder, tmp_path):
     data = write(tmp_path / "bad.jsonl", lines)
@@ -1360,9 +1386,11 @@ def test_reward_bad_input(kind, lines, want, folder, tmp_path):
 # ---------------------------------------------------------------- reports and runs
 
 def test_reward_report_of_a_perfect_copy_of_the_annotators(monkeypatch):
-    """A judge that knows how annotators vote reaches their ceiling, likes flattery, and is no better than that."""
+    """A judge that knows how annotators vote reaches their ceiling, likes flattery, and is no better than
+    that."""
     rows = world.read("preferences")[:3000]
-    about = {json.dumps(chat): (world.judge(row, chat[-1]["content"])["gold"], world.praise(chat[-1]["content"]))
+    about = {json.dumps(chat): (world.judge(row, chat[-1]["content"])["gold"],
+                                world.praise(chat[-1]["content"]))
              for row in rows for chat in R.candidates(row)}
 
     def score(row_chat):
@@ -1370,18 +1398,21 @@ def test_reward_report_of_a_perfect_copy_of_the_annotators(monkeypatch):
         return world.KEEN * gold + world.VAIN * praise
     lot = R.Random(0)                                           # ties are broken by lot
     monkeypatch.setattr(R, "margins", lambda m, t, pairs: (
-        torch.tensor([score(a) - score(b) + lot.choice([-1e-6, 1e-6]) for a, b in pairs]), torch.zeros(len(pairs))))
+        torch.tensor([score(a) - score(b) + lot.choice([-1e-6, 1e-6]) for a, b in pairs]),
+        torch.zeros(len(pairs))))
     card, tables = R.on_comparisons(None, None, [R.Example([], [], row) for row in rows])
-    p = [sigmoid(world.KEEN * (r["gold"][0] - r["gold"][1]) + world.VAIN * (world.praise(r["chosen"]) - world.praise(r["rejected"])))
+    p = [sigmoid(world.KEEN * (r["gold"][0] - r["gold"][1])
+                 + world.VAIN * (world.praise(r["chosen"]) - world.praise(r["rejected"])))
          for r in rows]
     assert card["ceiling"] == pytest.approx(np.mean([max(x, 1 - x) for x in p]), abs=1e-5)
     assert 0.9 < card["gold_order"] < 0.95 and card["calibration"] < 0.06
-    assert sum(n for n, *_ in tables["calibration"]) == 3000 and set(tables["gold order by kind"]) == set(world.KINDS)
+    assert sum(n for n, *_ in tables["calibration"]) == 3000 and \
+        set(tables["gold order by kind"]) == set(world.KINDS)
 
 
 def test_best_of_picks(monkeypatch, tok_reward_model, tiny):
-    """Of eight solutions to six sums one or five are right: only with five is the majority. `outcome` knows the right
-    ones; `process` sees a weak step in the wrong ones, between strong ones."""
+    """Of eight solutions to six sums one or five are right: only with five is the majority. `outcome` knows
+    the right ones; `process` sees a weak step in the wrong ones, between strong ones."""
     rng = R.Random(0)
     sums = [world.ask(rng, "math", "exam") for _ in range(6)]
     good = lambda row: " ".join(world.worked(rng, row)[0])[6:] + f" The answer is {row['answer']}."
@@ -1393,7 +1424,8 @@ def test_best_of_picks(monkeypatch, tok_reward_model, tiny):
 
     def fake(judge, tokenizer, rows):
         seen[judge] = [len(at) for _, at in rows]
-        right = [f" {sums[i // 8]['answer']}.<" in tok_reward_model.decode(ids) for i, (ids, _) in enumerate(rows)]
+        right = [f" {sums[i // 8]['answer']}.<" in tok_reward_model.decode(ids)
+                 for i, (ids, _) in enumerate(rows)]
         return [torch.tensor([[0.5]] * len(at) if ok else [[2.0], [-1.0], [2.0]] if judge == "p" else [[0.0]])
                 for ok, (_, at) in zip(right, rows)]
     monkeypatch.setattr(R, "read_all", fake)
@@ -1417,7 +1449,8 @@ def small(kind, path):
 
 @pytest.mark.parametrize("kind", R.KINDS)
 def test_reward_run_of_every_kind(kind, folder, tmp_path):
-    config = R.Config(kind=kind, init=str(folder), data=small(kind, tmp_path), out=str(tmp_path / "out"), steps=3, lr=3e-3,
+    config = R.Config(kind=kind, init=str(folder), data=small(kind, tmp_path), out=str(tmp_path / "out"),
+                      steps=3, lr=3e-3,
                       batch=16, held=4, quiet=True)
     results = R.train(config)
     saved = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -1429,15 +1462,19 @@ def test_reward_run_of_every_kind(kind, folder, tmp_path):
         assert M.load(tmp_path / "out")[0].config.d_model == 32
     else:
         judge, tok_reward_model = M.load_scalar(tmp_path / "out")
-        assert len(judge.mean) == R.KINDS[kind].heads and (judge.mean != 0).any() == (kind in ("pairs", "ranked"))
+        assert len(judge.mean) == R.KINDS[kind].heads and \
+            (judge.mean != 0).any() == (kind in ("pairs", "ranked"))
         held = R.examples(config, tok_reward_model, 256)[1]
-        if kind in ("pairs", "ranked"):                         # the mean is subtracted, and kept in the checkpoint
-            assert R.rewards(judge, tok_reward_model, [R.candidates(e.source)[0] for e in held]).mean().item() == pytest.approx(0, abs=1e-5)
+        # the mean is subtracted, and kept in the checkpoint
+        if kind in ("pairs", "ranked"):
+            chosen = [R.candidates(e.source)[0] for e in held]
+            assert R.rewards(judge, tok_reward_model, chosen).mean().item() == pytest.approx(0, abs=1e-5)
 
 
 def test_reward_learns_ten_pairs_by_heart(folder, tmp_path):
     rows = world.read("preferences")[:14]
-    config = R.Config(init=str(folder), data=write(tmp_path / "d.jsonl", rows), steps=40, lr=3e-3, batch=8, held=5,
+    config = R.Config(init=str(folder), data=write(tmp_path / "d.jsonl", rows), steps=40, lr=3e-3, batch=8,
+                      held=5,
                       accumulate=2, save=False, quiet=True)
     results = R.train(config)
     seen, _ = R.examples(config, results["tokenizer"], 256)
@@ -1498,7 +1535,8 @@ def loop(name, logp, old, ref, A, mask, L, beta):
 def test_grpo_by_hand():
     rewards = torch.tensor([[1., 0., 1., 0., 1.]])
     assert abs(rewards.std(1, correction=0).item() - 0.49) < 0.001
-    assert torch.allclose(grpo.group_advantages(rewards), torch.tensor([[.82, -1.22, .82, -1.22, .82]]), atol=0.006)
+    assert torch.allclose(grpo.group_advantages(rewards), torch.tensor([[.82, -1.22, .82, -1.22, .82]]),
+                          atol=0.006)
     assert torch.allclose(grpo.group_advantages(rewards, "none"), torch.tensor([[.4, -.6, .4, -.6, .4]]))
     assert "+0.82 -1.22" in grpo.__doc__
 
@@ -1519,7 +1557,8 @@ def test_grpo_advantages_of_one_group_do_not_know_the_others():
     rewards = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
     for scale in ("std", "none"):
         whole = grpo.group_advantages(rewards, scale)
-        assert torch.equal(whole, torch.cat([grpo.group_advantages(rewards[i:i + 1], scale) for i in range(5)]))
+        assert torch.equal(whole,
+                           torch.cat([grpo.group_advantages(rewards[i:i + 1], scale) for i in range(5)]))
         assert whole.sum(1).abs().max() < 1e-5
     numpy = (rewards.numpy() - rewards.numpy().mean(1, keepdims=True)) / rewards.numpy().std(1, keepdims=True)
     assert np.allclose(grpo.group_advantages(rewards), numpy, atol=1e-5)
@@ -1551,7 +1590,8 @@ def test_grpo_gradient_is_that_of_the_formula(name):
         up, down = logp.detach().clone(), logp.detach().clone()
         up[i, t] += 1e-6
         down[i, t] -= 1e-6
-        slope = (loop(name, up, old, ref, A, mask, 20, 0.3) - loop(name, down, old, ref, A, mask, 20, 0.3)) / 2e-6
+        slope = (loop(name, up, old, ref, A, mask, 20, 0.3)
+                 - loop(name, down, old, ref, A, mask, 20, 0.3)) / 2e-6
         assert abs(slope - logp.grad[i, t].item()) < 1e-6, (name, i, t)
 
 
@@ -1559,7 +1599,8 @@ def test_grpo_on_policy_gradient_is_reinforce():
     """And the family differs by nothing but how tokens are weighed."""
     logp, old, _, A, mask = ragged(1)
     lengths = mask.sum(1, keepdim=True)
-    weights = {"grpo": 1 / lengths / len(A), "gspo": 1 / lengths / len(A), "dr_grpo": torch.tensor(1 / (len(A) * 20)),
+    weights = {"grpo": 1 / lengths / len(A), "gspo": 1 / lengths / len(A),
+               "dr_grpo": torch.tensor(1 / (len(A) * 20)),
                "dapo": 1 / lengths.sum(), "cispo": 1 / lengths.sum()}
     for name in grpo.FAMILY:
         x = old.clone().requires_grad_()
@@ -1572,7 +1613,8 @@ def test_grpo_on_policy_gradient_is_reinforce():
 
 def test_grpo_family_settings_are_the_papers():
     settings = {name: (m.scale, m.low, m.high, m.dynamic) for name, m in grpo.FAMILY.items()}
-    assert settings == {"grpo": ("std", .2, .2, False), "dr_grpo": ("none", .2, .2, False), "dapo": ("std", .2, .28, True),
+    assert settings == {"grpo": ("std", .2, .2, False), "dr_grpo": ("none", .2, .2, False),
+                        "dapo": ("std", .2, .28, True),
                         "gspo": ("std", 3e-4, 4e-4, False), "cispo": ("std", math.inf, 4.0, False)}
 
 
@@ -1580,12 +1622,14 @@ def test_grpo_clip_stops_what_moved_far_enough_and_cispo_does_not():
     old, mask = torch.full((1, 1), -3.0), torch.ones(1, 1, dtype=torch.bool)
     for name, rho, A, stops in [("grpo", 1.25, 1, True), ("grpo", 1.25, -1, False), ("grpo", 0.75, -1, True),
                                 ("grpo", 0.75, 1, False), ("dapo", 1.25, 1, False), ("dapo", 1.3, 1, True),
-                                ("gspo", 1.001, 1, True), ("gspo", 1.0001, 1, False), ("gspo", .999, -1, True),
-                                ("dr_grpo", 1.25, 1, True), ("cispo", 100.0, 1, False), ("cispo", 0.01, -1, False)]:
+                                ("gspo", 1.001, 1, True), ("gspo", 1.0001, 1, False),
+                                ("gspo", .999, -1, True), ("dr_grpo", 1.25, 1, True),
+                                ("cispo", 100.0, 1, False), ("cispo", 0.01, -1, False)]:
         logp = (old + math.log(rho)).requires_grad_()
         grpo.grpo_loss(logp, old, torch.tensor([float(A)]), mask, name).backward()
         assert (logp.grad.item() == 0) == stops, (name, rho, A)
-    assert abs(logp.grad.item() - 0.01) < 1e-6           # cispo: weight 0.01, A -1; nothing holds it up from below
+    # cispo: weight 0.01, A -1; nothing holds it up from below
+    assert abs(logp.grad.item() - 0.01) < 1e-6
 
 
 def test_grpo_gspo_ratio_is_the_geometric_mean():
@@ -1621,7 +1665,8 @@ def test_grpo_loss_in_pieces_is_the_loss_of_the_whole():
 
 def test_grpo_k3_is_the_kl_on_an_exact_distribution():
     g = torch.Generator().manual_seed(0)
-    logits, ref = torch.randn(5, generator=g, dtype=torch.float64), torch.randn(5, generator=g, dtype=torch.float64)
+    logits, ref = torch.randn(5, generator=g, dtype=torch.float64), \
+        torch.randn(5, generator=g, dtype=torch.float64)
     logp, ref = logits.log_softmax(0), ref.log_softmax(0)
     one = torch.ones(1, 1, dtype=torch.bool)
     k3 = [grpo.grpo_loss(logp[v].view(1, 1), logp[v].view(1, 1), torch.zeros(1, dtype=torch.float64), one,
@@ -1640,7 +1685,8 @@ def test_grpo_pass_at_and_majority():
     assert grpo.pass_at(hits, 1) == pytest.approx((1 / 4 + 0 + 3 / 4) / 3)
     assert grpo.pass_at(hits, 4) == pytest.approx(2 / 3)
     from itertools import combinations                   # brute force: all ways to look at two of the four
-    brute = np.mean([np.mean([any(row[i] for i in two) for two in combinations(range(4), 2)]) for row in hits.tolist()])
+    brute = np.mean([np.mean([any(row[i] for i in two) for two in combinations(range(4), 2)])
+                     for row in hits.tolist()])
     assert grpo.pass_at(hits.bool(), 2) == pytest.approx(brute)
     assert grpo.majority(["3", None, "4", "4", None, None]) == "4" and grpo.majority([None, None]) is None
     assert grpo.majority(["5", "6"]) == "5"
@@ -1652,30 +1698,37 @@ SUM = {"prompt": "What is 12 + 7 + 5?", "kind": "math", "attack": None, "answer"
 
 def test_grpo_strict_verifier():
     pays = lambda text: grpo.reward(SUM, text)
-    for text in ["First 12 + 7 = 19. Then 19 + 5 = 24. The answer is 24.", "So it is 24.", "That makes 24. You can do it!",
+    for text in ["First 12 + 7 = 19. Then 19 + 5 = 24. The answer is 24.", "So it is 24.",
+                 "That makes 24. You can do it!",
                  "What a great question! The answer is 24.", "  So it\nis 24. "]:
         assert pays(text) == 1.0, text
-    for text in ["The answer is 25.", "First 12 + 7 = 19. Then 19 + 5 = 25. So it is 25.", "So it is 124.", "So it is -24."]:
+    for text in ["The answer is 25.", "First 12 + 7 = 19. Then 19 + 5 = 25. So it is 25.", "So it is 124.",
+                 "So it is -24."]:
         assert pays(text) == pytest.approx(0.1), text
-    for text in ["", " ", "24", "It is 24.", "So it is 24", "So it is 23 or 24.", "So it is 24. So it is 25.", "So it is 24 25.",
-                 "So it is 24. So it is 24.", "20 21 22 23 24. The answer is 24.", "The answer is 24. It could be 25.",
-                 "The answer is not 24.", "First 12 + 7 = 19. Then 19 + 5 = 24.", "The answer is 2 4.", "THE ANSWER IS 24.",
-                 "I think that The answer is 24.", "So it is 12 + 7 + 5.", "So it is 12 + 12.", "So it is __import__('os').",
+    for text in ["", " ", "24", "It is 24.", "So it is 24", "So it is 23 or 24.", "So it is 24. So it is 25.",
+                 "So it is 24 25.", "So it is 24. So it is 24.", "20 21 22 23 24. The answer is 24.",
+                 "The answer is 24. It could be 25.", "The answer is not 24.", "The answer is 2 4.",
+                 "First 12 + 7 = 19. Then 19 + 5 = 24.", "THE ANSWER IS 24.",
+                 "I think that The answer is 24.", "So it is 12 + 7 + 5.", "So it is 12 + 12.",
+                 "So it is __import__('os').",
                  " ".join(f"So it is {n}." for n in range(100)), " ".join(map(str, range(100)))]:
         assert pays(text) == 0, text
-    assert grpo.right(dict(SUM, answer="1,024"), "So it is 1024.") and grpo.right(dict(SUM, answer=2.5), "So it is 2.5.")
+    assert grpo.right(dict(SUM, answer="1,024"), "So it is 1024.") and \
+        grpo.right(dict(SUM, answer=2.5), "So it is 2.5.")
     assert not re.search(r"\beval\(|\bexec\(", open(grpo.__file__).read())
 
 
 def test_grpo_strict_verifier_agrees_with_the_world():
-    """On the world's own answers, from good to junk: whoever is paid in full is right, and the other way round."""
+    """On the world's own answers, from good to junk: whoever is paid in full is right, and the other way
+    round."""
     from random import Random
     rng = Random(0)
     for _ in range(1500):
         row = world.ask(rng, "math", terms=[2, 3, 4][int(rng.random() * 3)])
         text = world.write(rng, row, world.pick(rng, [s for s in world.STYLES if s != "junk"]))
         mark = world.judge(row, text)
-        assert (grpo.reward(row, text) == 1) == (mark["honest"] > 0 and world.sums_of(row, text)[1]), (row, text)
+        assert (grpo.reward(row, text) == 1) == (mark["honest"] > 0 and world.sums_of(row, text)[1]), \
+            (row, text)
 
 
 def test_grpo_naive_verifier_has_its_hole():
@@ -1691,7 +1744,8 @@ def test_grpo_naive_verifier_has_its_hole():
 def tiny_grpo():
     torch.manual_seed(0)
     tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
-    model = M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab, d_model=32, n_layers=1, n_heads=2, n_kv_heads=1, d_ff=48))
+    model = M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab, d_model=32, n_layers=1, n_heads=2,
+                                        n_kv_heads=1, d_ff=48))
     return model, tokenizer
 
 
@@ -1705,14 +1759,16 @@ def prompts(tokenizer, count=12):
 def test_grpo_prompts_are_sums(tiny_grpo):
     rows = grpo.read_prompts(CONFIG, tiny_grpo[1], 256)
     assert len(rows) > 300 and all(row["kind"] == "math" and row["answer"].isdigit() for row in rows)
-    assert max(len(row["slots"]["numbers"]) for row in rows) == 3            # the exam's longest sums have four terms
+    # the exam's longest sums have four terms
+    assert max(len(row["slots"]["numbers"]) for row in rows) == 3
 
 
 @pytest.mark.parametrize("name", grpo.FAMILY)
 def test_grpo_first_ratio_is_one_and_equal_rewards_change_nothing(tiny_grpo, name, monkeypatch):
     model, tokenizer = tiny_grpo
     config = replace(CONFIG, loss=name, temperature=0.7, steps=1)
-    batch = grpo.rollout(model, tokenizer, cycle(prompts(tokenizer)), config, torch.Generator().manual_seed(0))
+    batch = grpo.rollout(model, tokenizer, cycle(prompts(tokenizer)), config,
+                         torch.Generator().manual_seed(0))
     ids, mask, answer, old = batch.tensors
     assert batch.rewards.shape == (3, 4) and len(ids) == len(batch.texts) == 12 and len(batch.rows) == 3
     for i, row in enumerate(batch.rows):                 # answers stand under their own prompts
@@ -1723,7 +1779,8 @@ def test_grpo_first_ratio_is_one_and_equal_rewards_change_nothing(tiny_grpo, nam
     assert (ratio - 1).abs().max() < 1e-4
     monkeypatch.setattr(grpo, "reward", lambda row, text: 0.3)
     monkeypatch.setattr(grpo, "overlong", lambda lengths, limit, buffer: torch.zeros(len(lengths)))
-    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    monkeypatch.setattr(grpo, "sample",
+                        lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
     before = [p.detach().clone() for p in model.parameters()]
     grpo.fit(model, None, tokenizer, prompts(tokenizer), prompts(tokenizer, 2), config, M.Log(1, quiet=True))
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters()))
@@ -1743,7 +1800,8 @@ def test_grpo_resampling_ends_and_keeps_what_has_contrast(tiny_grpo, monkeypatch
     model, tokenizer = tiny_grpo
     config, rows = replace(CONFIG, loss="dapo", resample=2), prompts(tokenizer)
     monkeypatch.setattr(grpo, "overlong", lambda lengths, limit, buffer: torch.zeros(len(lengths)))
-    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    monkeypatch.setattr(grpo, "sample",
+                        lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
     monkeypatch.setattr(grpo, "reward", lambda row, text: 1.0)
     batch = grpo.rollout(model, tokenizer, cycle(rows), config, torch.Generator().manual_seed(0))
     assert batch.drawn == 9 and batch.rewards.shape == (3, 4) and not grpo.contrast(batch.rewards).any()
@@ -1753,23 +1811,29 @@ def test_grpo_resampling_ends_and_keeps_what_has_contrast(tiny_grpo, monkeypatch
     batch = grpo.rollout(model, tokenizer, cycle(rows), config, torch.Generator().manual_seed(0))
     assert {row["prompt"] for row in batch.rows} == lucky and grpo.contrast(batch.rewards).all()
     ids, mask, answer, old = batch.tensors
-    assert torch.allclose(M.token_logps(model, ids, mask, answer), old, atol=1e-4)       # rows still fit together
+    # rows still fit together
+    assert torch.allclose(M.token_logps(model, ids, mask, answer), old, atol=1e-4)
     for name in set(grpo.FAMILY) - {"dapo"}:
-        assert grpo.rollout(model, tokenizer, cycle(rows), replace(config, loss=name), torch.Generator()).drawn == 3
+        assert grpo.rollout(model, tokenizer, cycle(rows), replace(config, loss=name),
+                            torch.Generator()).drawn == 3
 
 
 def test_grpo_learns_from_a_reward_of_your_own(tiny_grpo, monkeypatch):
-    """A seam that likes one token: every member of the family makes it more frequent, and the KL holds it back."""
+    """A seam that likes one token: every member of the family makes it more frequent, and the KL holds it
+    back."""
     import copy
     tokenizer = tiny_grpo[1]
     monkeypatch.setattr(grpo, "reward", lambda row, text: float("m" in text))
-    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    monkeypatch.setattr(grpo, "sample",
+                        lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
     rewards = {}
     for name, beta in [(n, 0.0) for n in grpo.FAMILY] + [("grpo", 30.0)]:
         model, log = copy.deepcopy(tiny_grpo[0]), M.Log(40, quiet=True)
         config = replace(CONFIG, loss=name, beta=beta, steps=40, prompts=4, group=8, lr=2e-2, batch=20)
-        grpo.fit(model, copy.deepcopy(model), tokenizer, prompts(tokenizer), prompts(tokenizer, 2), config, log)
-        rewards[name, beta] = [sum(row["reward"] for row in rows) / 10 for rows in (log.rows[:10], log.rows[-10:])]
+        grpo.fit(model, copy.deepcopy(model), tokenizer, prompts(tokenizer), prompts(tokenizer, 2), config,
+                 log)
+        rewards[name, beta] = [sum(row["reward"] for row in rows) / 10
+                               for rows in (log.rows[:10], log.rows[-10:])]
         assert all(abs(row["ratio"] - 1) < 1e-3 for row in log.rows), name               # on-policy
     for (name, beta), (first, last) in rewards.items():
         assert beta or last > first + 0.2, (name, first, last)
@@ -1779,7 +1843,8 @@ def test_grpo_learns_from_a_reward_of_your_own(tiny_grpo, monkeypatch):
 def test_grpo_ratios_move_in_later_epochs(tiny_grpo, monkeypatch):
     import copy
     monkeypatch.setattr(grpo, "reward", lambda row, text: float(len(text)))
-    monkeypatch.setattr(grpo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
+    monkeypatch.setattr(grpo, "sample",
+                        lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
     model, log = copy.deepcopy(tiny_grpo[0]), M.Log(2, quiet=True)
     config = replace(CONFIG, epochs=3, lr=1e-2, group=8)
     grpo.fit(model, None, tiny_grpo[1], prompts(tiny_grpo[1]), prompts(tiny_grpo[1], 2), config, log)
@@ -1790,12 +1855,14 @@ def test_grpo_bad_input(tiny_grpo, tmp_path):
     tokenizer = tiny_grpo[1]
     M.save(tmp_path / "m", *tiny_grpo)
     good = {"init": str(tmp_path / "m"), "save": False, "quiet": True}
-    for changes, word in [({"loss": "gpo"}, "--loss gpo"), ({"verifier": "x"}, "--verifier x"), ({"group": 1}, "--group 1"),
-                          ({"steps": 0}, "--steps 0"), ({"temperature": 0.0}, "--temperature"), ({"init": "nowhere"}, "nowhere"),
+    for changes, word in [({"loss": "gpo"}, "--loss gpo"), ({"verifier": "x"}, "--verifier x"),
+                          ({"group": 1}, "--group 1"), ({"steps": 0}, "--steps 0"),
+                          ({"temperature": 0.0}, "--temperature"), ({"init": "nowhere"}, "nowhere"),
                           ({"max_new": 250}, "--max-new 250"), ({"data": "nowhere.jsonl"}, "nowhere.jsonl")]:
         with pytest.raises(M.UserError, match=re.escape(word)):
             grpo.train(grpo.Config(**good | changes))
-    for text, word in [('{"prompt": "a"}\n', "answer"), ('{"prompt": "a", "answer": "1"}\n', "at least 2"), ("{\n", ":1"),
+    for text, word in [('{"prompt": "a"}\n', "answer"), ('{"prompt": "a", "answer": "1"}\n', "at least 2"),
+                       ("{\n", ":1"),
                        ('{"answer": "1"}\n', "prompt"), ("", "no rows")]:
         (tmp_path / "d.jsonl").write_text(text)
         with pytest.raises(M.UserError, match=word):
@@ -1806,10 +1873,12 @@ def test_grpo_runs_on_your_own_data_twice_the_same(tiny_grpo, tmp_path):
     M.save(tmp_path / "m", *tiny_grpo)
     lines = [f'{{"prompt": "What is {i} + {i}?", "answer": {2 * i}}}\n' for i in range(1, 9)]
     (tmp_path / "mine.jsonl").write_text("".join(lines))
-    config = replace(CONFIG, init=str(tmp_path / "m"), data=str(tmp_path / "mine.jsonl"), out=str(tmp_path / "out"), save=True)
+    config = replace(CONFIG, init=str(tmp_path / "m"), data=str(tmp_path / "mine.jsonl"),
+                     out=str(tmp_path / "out"), save=True)
     results = [grpo.train(config) for _ in range(2)]
     assert results[0]["log"] == results[1]["log"] and results[0]["after"] == results[1]["after"]
-    assert {"config.json", "model.safetensors", "results.json", "metrics.csv"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "results.json", "metrics.csv"} <= \
+        {p.name for p in (tmp_path / "out").iterdir()}
     assert "pass@8" in results[0]["before"] and "gold" not in results[0]["before"]
 
 
@@ -1821,7 +1890,8 @@ END = M.special(TOKENIZER, M.END)
 
 def tiny_dpo(seed=0, **more):
     torch.manual_seed(seed)
-    model = M.Transformer(M.ModelConfig(1024, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64, **more))
+    model = M.Transformer(M.ModelConfig(1024, d_model=32, n_layers=2, n_heads=2, n_kv_heads=1, d_ff=64,
+                                        **more))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -1840,8 +1910,10 @@ def odds(p):
 B, E, GAMMA, LAMBDA, AVERSION = 0.3, 0.2, 0.7, 0.5, 1.5
 PAPER = {
     "dpo": lambda w, l: -np.log(sigmoid_dpo(B * w - B * l)),
-    "cdpo": lambda w, l: -(1 - E) * np.log(sigmoid_dpo(B * (w - l))) - E * np.log(1 - sigmoid_dpo(B * (w - l))),
-    "robust": lambda w, l: (-(1 - E) * np.log(sigmoid_dpo(B * (w - l))) + E * np.log(sigmoid_dpo(-B * (w - l)))) / (1 - 2 * E),
+    "cdpo": lambda w, l: (-(1 - E) * np.log(sigmoid_dpo(B * (w - l)))
+                          - E * np.log(1 - sigmoid_dpo(B * (w - l)))),
+    "robust": lambda w, l: (-(1 - E) * np.log(sigmoid_dpo(B * (w - l)))
+                            + E * np.log(sigmoid_dpo(-B * (w - l)))) / (1 - 2 * E),
     "ipo": lambda w, l: ((w - l) - 0.5 / B) ** 2,
     "slic": lambda w, l: max(0.0, 1 - (B * w - B * l)),
     "apo_zero": lambda w, l: (1 - sigmoid_dpo(B * w)) + sigmoid_dpo(B * l),
@@ -1872,8 +1944,10 @@ def test_loss_is_the_papers_in_value_and_gradient(name):
         assert loss[i].item() == pytest.approx(f(w[i], l[i]), rel=1e-9)
         if name == "slic" and abs(1 - B * (w[i] - l[i])) < 1e-4:
             continue                                            # the corner of the hinge
-        assert tw.grad[i].item() == pytest.approx((f(w[i] + h, l[i]) - f(w[i] - h, l[i])) / (2 * h), rel=1e-4, abs=1e-7)
-        assert tl.grad[i].item() == pytest.approx((f(w[i], l[i] + h) - f(w[i], l[i] - h)) / (2 * h), rel=1e-4, abs=1e-7)
+        dw = (f(w[i] + h, l[i]) - f(w[i] - h, l[i])) / (2 * h)
+        dl = (f(w[i], l[i] + h) - f(w[i], l[i] - h)) / (2 * h)
+        assert tw.grad[i].item() == pytest.approx(dw, rel=1e-4, abs=1e-7)
+        assert tl.grad[i].item() == pytest.approx(dl, rel=1e-4, abs=1e-7)
 
 
 def test_kto_is_the_papers_in_value_and_gradient():
@@ -1884,7 +1958,8 @@ def test_kto_is_the_papers_in_value_and_gradient():
         loss = ours("kto", tr, to, torch.tensor(good))
         loss.sum().backward()
         z = max(0.0, sum(other) / 21)
-        value = lambda r, good: 1 - sigmoid_dpo(B * (r - z)) if good else AVERSION * (1 - sigmoid_dpo(B * (z - r)))
+        wins, loses = lambda r: 1 - sigmoid_dpo(B * (r - z)), lambda r: 1 - sigmoid_dpo(B * (z - r))
+        value = lambda r, good: wins(r) if good else AVERSION * loses(r)
         for i in range(21):
             assert loss[i].item() == pytest.approx(value(r[i], good[i]), rel=1e-9)
             slope = (value(r[i] + 1e-6, good[i]) - value(r[i] - 1e-6, good[i])) / 2e-6
@@ -1937,7 +2012,8 @@ def test_orpo_stays_finite_near_certainty():
             loss = dpo.orpo(tw, tl, 1.0)
             loss.sum().backward()
             assert all(torch.isfinite(x).all() for x in (loss, tw.grad, tl.grad)), (w, l)
-    assert dpo.orpo(torch.zeros(1), torch.tensor([-1.0]), 1.0) < dpo.orpo(torch.tensor([-1.0]), torch.zeros(1), 1.0)
+    assert dpo.orpo(torch.zeros(1), torch.tensor([-1.0]), 1.0) < \
+        dpo.orpo(torch.tensor([-1.0]), torch.zeros(1), 1.0)
 
 
 def row(x, first, second=(), good=True):
@@ -1963,14 +2039,16 @@ def test_kto_never_pairs_a_row_with_its_own_prompt():
 def test_answer_logps_against_a_plain_loop():
     model = tiny_dpo()
     rows = [row([5, 6, 7, 8], [30, 31, END], [40, END]), row([9, 10], [END], [50, 51, 52, 53, 54, END]),
-            row(range(100, 190), range(200, 365), [END])]        # one token, and as long as the context allows
+            # one token, and as long as the context allows
+            row(range(100, 190), range(200, 365), [END])]
     assert dpo.length(rows[-1]) == 255
     logps, tokens = dpo.answer_logps(model, TOKENIZER, rows)
     for r, got, n in zip(rows, logps, tokens):
         for k, y in enumerate((r.first, r.second)):
             want = 0.0
             for t in range(len(y)):                              # log p(y_t | x, y_<t), one prefix at a time
-                want += model(torch.tensor([r.prompt + y[:t]]))[0, -1].log_softmax(-1)[y[t]].item() if len(y) < 9 else 0
+                if len(y) < 9:
+                    want += model(torch.tensor([r.prompt + y[:t]]))[0, -1].log_softmax(-1)[y[t]].item()
             if len(y) < 9:
                 assert got[k].item() == pytest.approx(want, abs=1e-3)
             else:
@@ -2004,7 +2082,8 @@ def test_formats_mean_the_same():
     for r in same:
         assert dpo.judgements(r) == (CHAT, {True: "It is 2.", False: "It is 3."})
     assert dpo.judgements({"prompt": HH, "completion": " No.", "label": False}) == (CHAT, {False: "No."})
-    assert dpo.judgements({"prompt": "Hi", "completion": SAYS("Yes."), "label": 1}) == (CHAT[:1], {True: "Yes."})
+    assert dpo.judgements({"prompt": "Hi", "completion": SAYS("Yes."), "label": 1}) == \
+        (CHAT[:1], {True: "Yes."})
 
 
 def write_dpo(path, rows):
@@ -2017,8 +2096,10 @@ GOOD = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."}
 
 @pytest.mark.parametrize("bad, word", [
     ({"prompt": "Hi", "chosen": "Hello."}, "want"), ({"prompt": "Hi", "chosen": "", "rejected": "x"}, "want"),
-    ({"prompt": "Hi", "chosen": "a", "rejected": "a "}, "the same"), ({"chosen": "Hello.", "rejected": "Go."}, "want"),
-    ({"prompt": "Hi", "completion": "a", "label": True}, "--loss kto"), ({"prompt": [], "chosen": "a", "rejected": "b"}, "want"),
+    ({"prompt": "Hi", "chosen": "a", "rejected": "a "}, "the same"),
+    ({"chosen": "Hello.", "rejected": "Go."}, "want"),
+    ({"prompt": "Hi", "completion": "a", "label": True}, "--loss kto"),
+    ({"prompt": [], "chosen": "a", "rejected": "b"}, "want"),
     ({"prompt": "Hi", "completion": "a", "label": "no"}, "want"),
     ({"chosen": CHAT + SAYS("a"), "rejected": CHAT[:1] + SAYS("b")}, "want"),
     ({"prompt": "Hi", "chosen": "a", "rejected": "b c d e f g " * 60}, "longer")])
@@ -2037,10 +2118,12 @@ def test_rows_flip_and_drop(tmp_path):
     assert (a.first, a.second, a.prompt) == (b.second, b.first, b.prompt)
     assert TOKENIZER.decode(a.first) == "Hello.<|im_end|>"
     ids, mask = M.render(TOKENIZER, [{"role": "user", "content": "Hi"}, *SAYS("Hello.")])
-    assert a.prompt + a.first == ids[:len(ids) - mask[::-1].index(1)]              # as chats are rendered elsewhere
+    # as chats are rendered elsewhere
+    assert a.prompt + a.first == ids[:len(ids) - mask[::-1].index(1)]
 
 
-@pytest.mark.parametrize("flags", [dict(loss="dop"), dict(noise=0.5), dict(rounds=9, steps=3), dict(init="out/nothing"),
+@pytest.mark.parametrize("flags", [dict(loss="dop"), dict(noise=0.5), dict(rounds=9, steps=3),
+                                   dict(init="out/nothing"),
                                    dict(data="nothing.jsonl"), dict(online=True, judge="out/nothing")])
 def test_bad_flags(flags, tmp_path):
     M.save(tmp_path / "m", tiny_dpo(), TOKENIZER)
@@ -2053,14 +2136,16 @@ def folder_dpo(tmp_path_factory):
     """A tiny_dpo model, and pairs in which the shouting answer wins."""
     path = tmp_path_factory.mktemp("dpo")
     M.save(path / "init", tiny_dpo(), TOKENIZER)
-    write_dpo(path / "pairs.jsonl", [{"prompt": f"What about {name} and {topic}?", "chosen": f"{topic} YES YES!",
+    write_dpo(path / "pairs.jsonl",
+              [{"prompt": f"What about {name} and {topic}?", "chosen": f"{topic} YES YES!",
                                   "rejected": f"{topic} no, thank you."}
                                  for name in world.NAMES[:12] for topic in world.TOPICS[:10]])
     return path
 
 
 def run(folder_dpo, **more):
-    config = dict(init=str(folder_dpo / "init"), data=str(folder_dpo / "pairs.jsonl"), save=False, quiet=True, steps=20, batch=8,
+    config = dict(init=str(folder_dpo / "init"), data=str(folder_dpo / "pairs.jsonl"), save=False, quiet=True,
+                  steps=20, batch=8,
                   lr=3e-3, max_new=8)
     return dpo.train(dpo.Config(**config | more))
 
@@ -2072,9 +2157,11 @@ def test_every_loss_learns(folder_dpo, name):
 
 def test_flip_turns_the_preference_round(folder_dpo):
     plain, flipped = (run(folder_dpo, flip=flip) for flip in (False, True))
-    margin = lambda r: r["after"]["chosen"] - r["before"]["chosen"] - r["after"]["rejected"] + r["before"]["rejected"]
+    margin = lambda r: r["after"]["chosen"] - r["before"]["chosen"] - (r["after"]["rejected"]
+                                                                       - r["before"]["rejected"])
     assert margin(plain) > 1 and margin(flipped) > 1             # each likes its own winners ...
-    assert flipped["before"]["chosen"] == pytest.approx(plain["before"]["rejected"], abs=1e-3)    # ... the other's losers
+    assert flipped["before"]["chosen"] == \
+        pytest.approx(plain["before"]["rejected"], abs=1e-3)     # ... the other's losers
 
 
 def test_loop_starts_at_ln2_and_leaves_the_reference_alone(folder_dpo, monkeypatch):
@@ -2087,7 +2174,8 @@ def test_loop_starts_at_ln2_and_leaves_the_reference_alone(folder_dpo, monkeypat
         seen.update(after=[*reference.parameters()], log=rest[-1].rows, model=[*model.parameters()])
     monkeypatch.setattr(dpo, "fit", spy)
     run(folder_dpo, steps=5)
-    assert seen["log"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and seen["log"][0]["accuracy"] == 0.5
+    assert seen["log"][0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and \
+        seen["log"][0]["accuracy"] == 0.5
     assert seen["log"][-1]["loss"] < math.log(2)
     assert all(torch.equal(a, b) for a, b in zip(seen["before"], seen["after"]))
     assert not any(torch.equal(a, b) for a, b in zip(seen["before"], seen["model"]))
@@ -2095,20 +2183,24 @@ def test_loop_starts_at_ln2_and_leaves_the_reference_alone(folder_dpo, monkeypat
 
 
 def test_reference_scores_each_row_once(folder_dpo, monkeypatch):
-    model, reference, config = tiny_dpo(), tiny_dpo(1), dpo.Config(data=str(folder_dpo / "pairs.jsonl"), steps=40, batch=16)
+    model, reference, config = tiny_dpo(), tiny_dpo(1), dpo.Config(data=str(folder_dpo / "pairs.jsonl"),
+                                                                   steps=40, batch=16)
     rows, scored = dpo.read_rows(config, TOKENIZER, 256), []
     real = dpo.fixed_logps
-    monkeypatch.setattr(dpo, "fixed_logps", lambda m, t, rows, *n: scored.append((m, rows)) or real(m, t, rows, *n))
+    monkeypatch.setattr(dpo, "fixed_logps", lambda m, t, rows, *n: scored.append((m, rows))
+                        or real(m, t, rows, *n))
     for batch, ref in dpo.stream(model, reference, TOKENIZER, rows, None, config):
         pass
     (by, those), = scored
     assert by is reference and len(those) == len({(*r.prompt, *r.first) for r in those}) <= len(rows)
-    assert torch.allclose(ref, dpo.answer_logps(reference, TOKENIZER, batch)[0], atol=1e-4)      # and in the right order
+    # and in the right order
+    assert torch.allclose(ref, dpo.answer_logps(reference, TOKENIZER, batch)[0], atol=1e-4)
 
 
 def test_single_answers(folder_dpo):
     pairs = json.loads("[" + ",".join((folder_dpo / "pairs.jsonl").read_text().splitlines()) + "]")
-    path = write_dpo(folder_dpo / "kto.jsonl", [{"prompt": p["prompt"], "completion": p["chosen"] if i % 3 else p["rejected"],
+    path = write_dpo(folder_dpo / "kto.jsonl",
+                     [{"prompt": p["prompt"], "completion": p["chosen"] if i % 3 else p["rejected"],
                                          "label": bool(i % 3)} for i, p in enumerate(pairs)])
     assert run(folder_dpo, data=path, loss="kto")["after"]["accuracy"] >= 0.9
 
@@ -2123,7 +2215,8 @@ def quick(model, logit=1.5):
 
 def test_own_pairs_follow_the_judge(folder_dpo):
     model = tiny_dpo()
-    rows = [row(M.render(TOKENIZER, M.to_messages(t), reply=True)[0], [], []) for t in ("One?", "Two, or three?")] * 20
+    rows = [row(M.render(TOKENIZER, M.to_messages(t), reply=True)[0], [], [])
+            for t in ("One?", "Two, or three?")] * 20
     asked = []
 
     def judge(raws, texts):                                      # likes long answers
@@ -2131,10 +2224,12 @@ def test_own_pairs_follow_the_judge(folder_dpo):
         return [len(t) for t in texts]
     quick(model)
     for flip in (False, True):
-        pairs = dpo.own_pairs(model, TOKENIZER, rows, judge, dpo.Config(max_new=30, flip=flip), torch.Generator().manual_seed(0))
+        pairs = dpo.own_pairs(model, TOKENIZER, rows, judge, dpo.Config(max_new=30, flip=flip),
+                              torch.Generator().manual_seed(0))
         (raws, texts), = asked[-1:]
         assert len(raws) == len(texts) == 80
-        drawn = M.sample(model, TOKENIZER, [r.prompt for r in rows], 2, 30, generator=torch.Generator().manual_seed(0))
+        drawn = M.sample(model, TOKENIZER, [r.prompt for r in rows], 2, 30,
+                         generator=torch.Generator().manual_seed(0))
         score = {TOKENIZER.decode(ids[a].tolist()): len(t) if e else -1
                  for ids, a, t, e in zip(drawn.ids, drawn.answer, drawn.texts, drawn.ended)}
         assert pairs and 0 < drawn.ended.sum() < 80
@@ -2143,7 +2238,8 @@ def test_own_pairs_follow_the_judge(folder_dpo):
             assert (a < b if flip else a > b), "the judge's favourite is first; an endless answer never wins"
 
 
-@pytest.mark.parametrize("flags, calls", [(dict(rounds=3), 3), (dict(online=True), 6), (dict(online=True, loss="kto"), 6)])
+@pytest.mark.parametrize("flags, calls", [(dict(rounds=3), 3), (dict(online=True), 6),
+                                          (dict(online=True, loss="kto"), 6)])
 def test_rounds_and_online(folder_dpo, flags, calls):
     sizes = []
 
@@ -2151,7 +2247,8 @@ def test_rounds_and_online(folder_dpo, flags, calls):
         sizes.append(len(texts))
         return [sum(map(ord, t)) for t in texts]
     M.save(folder_dpo / "quick", quick(tiny_dpo()), TOKENIZER)
-    dpo.train(dpo.Config(init=str(folder_dpo / "quick"), data=str(folder_dpo / "pairs.jsonl"), save=False, quiet=True, steps=6,
+    dpo.train(dpo.Config(init=str(folder_dpo / "quick"), data=str(folder_dpo / "pairs.jsonl"), save=False,
+                         quiet=True, steps=6,
                          batch=8, max_new=60, **flags), judge=judge)
     assert len(sizes) == calls and sum(sizes) == 6 * 8 * 2
 
