@@ -415,8 +415,9 @@ def train(config):
         was = f"{before[key]:.2f} -> " if key in before else ""
         said[f"{key} {was}{after[key]:.2f} (target {bound:.2f})"] = sign * (after[key] - bound) >= 0
     passed, seconds = all(said.values()), time.time() - started
-    say(f"{'PASS' if passed else 'FAIL'} in {seconds:.0f} s, with 0 human labels about harm: "
-        + ", ".join(text for text, ok in said.items() if ok == passed))
+    for text, ok in said.items():
+        say(f"{'     ' if ok else 'short'} {text}")
+    say(f"{'PASS' if passed else 'FAIL'} in {seconds:.0f} s, with 0 human labels about harm")
     results |= dict(stage="cai", config=asdict(config), seconds=seconds, before=before, after=after,
                     passed=passed)
     if config.save:
