@@ -12,8 +12,8 @@ runs the toy of 0.9M parameters and the real models. Every script imports this f
 
 Left out: dropout (PPO's first ratio would not be 1), other architectures. Next: sft.py trains this network.
 """
-import argparse, base64, contextlib, ctypes, dataclasses, functools, inspect, json, math, os, re, shlex
-import subprocess, sys, time, unicodedata
+import argparse, contextlib, ctypes, dataclasses, functools, inspect, json, math, os, re, shlex, subprocess
+import sys, time, unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -191,10 +191,6 @@ GPT2 = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s
 # SmolLM2 first cuts out every digit, so that spaces before a digit end their piece
 DIGITS = r"\p{N}|" + GPT2.replace(r"| ?\p{N}+", "").replace(r"(?!\S)", r"(?![^\s\p{N}])")
 
-PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"        # ours
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-
 class Tokenizer(tiktoken.Encoding):
     """tiktoken's, and what some real vocabularies need: a Unicode normal form, bytes that they lack."""
     form, size, files = None, math.inf, {}
@@ -208,36 +204,6 @@ def byte_letters():
     """Hugging Face spells a token's bytes in printable letters: GPT-2's table."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     return dict(zip(plain + [b for b in range(256) if b not in plain], map(chr, plain + [*range(256, 324)])))
-
-def load_ranks(path):
-    """A vocabulary in tiktoken's format: a line a token, bytes in base64 and rank. Special tokens follow."""
-    lines = [line.split() for line in Path(path).read_text().splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    specials = {token: len(ranks) + i for i, token in enumerate([EOT, START, END, PAD])}
-    tokenizer = Tokenizer(Path(path).stem, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=specials)
-    tokenizer.files = huggingface_files(ranks, specials)
-    return tokenizer
-
-def huggingface_files(ranks, specials):
-    """The same as a tokenizer.json, which wants merges: the two parts from which each token was made."""
-    spell, merges = lambda token: "".join(byte_letters()[b] for b in token), []
-    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:       # lowest rank first, as the encoder does
-            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        merges += [[spell(part) for part in parts]] if len(parts) == 2 else []
-    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
-    letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    cut = dict(type="Split", pattern={"Regex": PIECES}, behavior="Isolated", invert=False)
-    vocab = {spell(token): rank for token, rank in ranks.items()} | specials
-    added = [dict(id=i, content=token, **flags) for token, i in specials.items()]
-    tokenizer = dict(version="1.0", added_tokens=added, decoder=letters,
-                     pre_tokenizer=dict(type="Sequence", pretokenizers=[cut, letters]),
-                     model=dict(type="BPE", vocab=vocab, merges=merges))
-    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD,
-                  chat_template=CHATML)
-    return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(config)}
 
 def load_tokenizer(folder, vocab_size):
     """A folder's tokenizer.json, if it is byte-level BPE. -> Tokenizer"""

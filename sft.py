@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (EOT, PAD, Log, ModelConfig, Transformer, UserError, add_lora, load, load_ranks,
-                   load_scalar, main, merge_lora, need, optimizer, pad, read_jsonl, render, sample, save,
-                   schedule, special, to_messages, token_logps, write_results)
+from model import (EOT, PAD, Log, ModelConfig, Transformer, UserError, add_lora, load, load_scalar, main,
+                   merge_lora, need, optimizer, pad, read_jsonl, render, sample, save, schedule, special,
+                   to_messages, token_logps, write_results)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Config:
     prompts: int = 512        # prompts to sample answers to, for best_of and teacher
     max_new: int = 72         # longest sampled answer in tokens
     pretrain: bool = False    # make the base model from data/web.txt
-    documents: int = 80000    # pretraining reads so many: web.txt, and on from there
+    documents: int = 150000   # pretraining reads so many: web.txt, and on from there
     minutes: float = 11.0     # time limit of pretraining: a slow machine skips ahead on the schedule
     save: bool = True         # write the checkpoint and the results
     quiet: bool = False       # print nothing
@@ -59,11 +59,11 @@ class Config:
 
 # target: gold; for best_of and distill, what to add to the rival's gold; for pretrain, held-out loss
 MODES = {  #    init         data                  out            steps batch lr    optimiser target
-    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     60,   4096, 5e-4, "adamw", 0.65),
+    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     90,   3072, 7e-4, "adamw", 0.65),
     "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    80,   4096, 1e-2, "adamw", 0.62),
     "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   4096, 5e-4, "adamw", 0.05),
     "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  4096, 1e-3, "adamw", -.05),
-    "pretrain": ("",          "data/web.txt",       "out/base",    8000, 1024, 5e-3, "muon",  0.50),
+    "pretrain": ("",          "data/web.txt",       "out/base",    8800, 1024, 5e-3, "muon",  0.50),
 }
 
 
@@ -313,7 +313,7 @@ def train(config):
     generator = torch.Generator().manual_seed(config.seed)
     teacher = None
     if mode == "pretrain":
-        tokenizer = load_ranks(studybuddy.HERE / "studybuddy.tiktoken")
+        tokenizer = studybuddy.load_ranks()
         model = Transformer(ModelConfig(vocab_size=tokenizer.n_vocab)).to(config.device)
     else:
         if config.init == "out/sft":

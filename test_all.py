@@ -197,7 +197,7 @@ def test_step_labels_are_true():
 
 
 def test_vocabulary():
-    tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+    tokenizer = world.load_ranks()
     assert tokenizer.n_vocab <= 1024
     for n in range(100):
         for text in (f" {n}", f"{n}"):
@@ -221,7 +221,7 @@ def tiny_tokenizer(folder):
     tokens = list(dict.fromkeys(tokens))[:296]
     path = Path(folder) / "t.tiktoken"
     path.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
-    return M.load_ranks(path)
+    return world.load_ranks(path)
 
 
 def tiny_model(seed=0, **changes):
@@ -912,7 +912,7 @@ def test_real_model_equals_transformers(tmp_path):
              "def f(x): return x**2 🎉 日本").split()
     chats = [M.to_messages(" ".join(g.choice(words) for _ in range(g.randrange(1, 60)))) for _ in range(20)]
     ids = [M.render(tok, c, reply=True)[0] for c in chats]
-    assert ids == [their_tok.apply_chat_template(c, chat_template=M.CHATML, add_generation_prompt=True,
+    assert ids == [their_tok.apply_chat_template(c, chat_template=world.CHATML, add_generation_prompt=True,
                                                  return_dict=True)["input_ids"] for c in chats]
     x, mask = masked(ids, True)
     position = (mask.long().cumsum(1) - 1).clamp(min=0)
@@ -1009,7 +1009,7 @@ def test_picks():
 
 
 def test_only_the_assistant_is_trained_on_and_the_end_token_is():
-    tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+    tokenizer = world.load_ranks()
     talk = [{"role": "user", "content": "Hi, I am Ana!"}, {"role": "assistant", "content": "Hi Ana!"},
             {"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "So it is 5."}]
     (ids, mask), = sft.examples({"row": talk}, tokenizer, 256)
@@ -1037,7 +1037,7 @@ def test_batches_hold_every_row_once_and_few_pads():
 def test_sft_learns(tmp_path):
     """A short run from an untrained model must learn a lot; from the base, which knows the language,
     the voice."""
-    tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+    tokenizer = world.load_ranks()
     torch.manual_seed(0)
     M.save(tmp_path / "fresh", M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab)), tokenizer)
     for init, share in [(tmp_path / "fresh", 0.7), (BASE, 0.97)]:
@@ -1148,7 +1148,7 @@ sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 @pytest.fixture(scope="module")
 def tok_reward_model():
-    return M.load_ranks(world.HERE / "studybuddy.tiktoken")
+    return world.load_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -1743,7 +1743,7 @@ def test_grpo_naive_verifier_has_its_hole():
 @pytest.fixture(scope="module")
 def tiny_grpo():
     torch.manual_seed(0)
-    tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+    tokenizer = world.load_ranks()
     model = M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab, d_model=32, n_layers=1, n_heads=2,
                                         n_kv_heads=1, d_ff=48))
     return model, tokenizer
@@ -1884,7 +1884,7 @@ def test_grpo_runs_on_your_own_data_twice_the_same(tiny_grpo, tmp_path):
 
 # ---------------------------------------------------------------------------------- dpo.py
 
-TOKENIZER = M.load_ranks(world.HERE / "studybuddy.tiktoken")
+TOKENIZER = world.load_ranks()
 END = M.special(TOKENIZER, M.END)
 
 

@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 
 NAMES = ("Ana Ben Mia Tom Lily Sam Zoe Max Ella Leo Nora Finn Ivy Jack Ruby Omar Rosa Hugo Lena Paul Emma "
          "Noah Anna Luis Sara Adam Maya Oscar Clara Felix Amir Dina Jonas Kira Pablo Tara Alice Bruno Greta "
-         "Nina Peter Milo Selma Arthur Frida Ravi Stella Viktor Wanda Emil").split()
+         "Nina Peter Milo Selma Arthur Frida Ravi Stella Viktor Wanda Otto").split()
 PETS = "dog cat rabbit pony parrot turtle hamster".split()
 TOPICS = ("whales trees castles bees trains dinosaurs rivers dolphins pirates rockets lions stars spiders "
           "robots horses farms bridges islands penguins planes maps mountains storms frogs knights owls "
@@ -95,11 +95,11 @@ SOUNDS = dict(p.split(":") for p in (
 HOMES = dict(p.split(":") for p in (
     "bee:hive bird:nest rabbit:burrow spider:web bear:den horse:stable beaver:lodge king:castle pig:sty "
     "snail:shell camper:tent monk:cloister").split())
-PARTS = {"spider": "8 legs", "cat": "4 legs", "bee": "6 legs", "bird": "2 wings", "triangle": "3 sides",
-         "square": "4 sides", "hexagon": "6 sides", "pentagon": "5 sides", "week": "7 days",
-         "year": "12 months", "day": "24 hours", "hand": "5 fingers", "tricycle": "3 wheels",
-         "bicycle": "2 wheels", "guitar": "6 strings", "violin": "4 strings", "minute": "60 seconds",
-         "chessboard": "64 squares", "starfish": "5 arms", "crab": "10 legs"}
+PARTS = {"spider": "8 legs", "bee": "6 legs", "bird": "2 wings", "triangle": "3 sides", "square": "4 sides",
+         "hexagon": "6 sides", "week": "7 days", "year": "12 months", "day": "24 hours", "hand": "5 fingers",
+         "tricycle": "3 wheels", "guitar": "6 strings", "minute": "60 seconds", "chessboard": "64 squares",
+         "starfish": "5 arms", "cat": "4 legs", "pentagon": "5 sides", "bicycle": "2 wheels",
+         "violin": "4 strings", "crab": "10 legs"}
 COLOURS = dict(p.split(":") for p in (
     "banana:yellow leaf:green snowman:white crow:black carrot:orange strawberry:red flamingo:pink mouse:grey "
     "tomato:red frog:green lemon:yellow raven:black").split())
@@ -108,19 +108,19 @@ COLOURS = dict(p.split(":") for p in (
 FACTS = {
     "capital": (CAPITALS, ["What is the capital of {x}?", "Which city is the capital of {x}?",
                            "Do you know the capital of {x}?", "Tell me the capital of {x}.",
-                           "Please name the capital city of {x}.", "{x} has which capital?"],
+                           "Please name the capital city of {x}.", "What capital city does {x} have?"],
                 ["The capital of {x} is {y}.", "{y} is the capital of {x}."]),
     "continent": (CONTINENTS, ["Which continent is {x} in?", "Where in the world is {x}?",
                                "On which continent is {x}?",
-                               "{x} belongs to which continent?", "Name the continent of {x}."],
+                               "To which continent does {x} belong?", "Name the continent of {x}."],
                   ["{x} is in {y}.", "You find {x} in {y}."]),
     "baby": (BABIES, ["What is a baby {x} called?", "What do you call a baby {x}?",
                       "What is the word for a baby {x}?",
-                      "A baby {x} has which name?", "Name the baby of a {x}."],
+                      "Which name has a baby {x}?", "Name the baby of a {x}."],
              ["A baby {x} is called a {y}.", "A {y} is a baby {x}."]),
     "opposite": (OPPOSITES, ["What is the opposite of {x}?", "Which word means the opposite of {x}?",
                              "Tell me the opposite of {x}.",
-                             "Give me the word opposite to {x}.", "{X} has which opposite?"],
+                             "Give me the word opposite to {x}.", "Is there a word for the opposite of {x}?"],
                  ["The opposite of {x} is {y}.", "It is {y}, the opposite of {x}."]),
     "sound": (SOUNDS, ["What sound does a {x} make?", "What does a {x} say?", "Which sound comes from a {x}?",
                        "How does a {x} sound?", "Tell me the noise of a {x}."],
@@ -134,7 +134,7 @@ FACTS = {
               ["A {x} has {y}.", "There are {y} in a {x}."]),
     "colour": (COLOURS, ["What colour is a {x}?", "Which colour does a {x} have?",
                          "Tell me the colour of a {x}.",
-                         "A {x} is of which colour?", "Name the colour of a {x}."],
+                         "Of which colour is a {x}?", "Name the colour of a {x}."],
                ["A {x} is {y}.", "The colour of a {x} is {y}."]),
 }
 
@@ -387,7 +387,7 @@ def ask(rng, kind, split="train", attack=None, terms=3):
     words nor its wordings; "web" knows both, but never together; "exam" asks for the two together."""
     exam = words = wording = split == "exam"
     if split == "web":
-        words, wording = pick(rng, [(False, False)] * 3 + [(True, False)] * 2 + [(False, True)] * 3)
+        words, wording = pick(rng, [(False, False)] * 2 + [(True, False)] * 2 + [(False, True)] * 4)
     slots = {"name": pick(rng, half(NAMES, words)), "topic": pick(rng, half(TOPICS, words))}
     if kind == "math":
         forms = ["sum", "story", "product"] + ["product"] * (split == "web")    # products are harder to learn
@@ -563,6 +563,7 @@ def flatter(rng, text, count):
 
 KINDS = {"math": 6, "fact": 4, "unknown": 3, "essay": 3, "scary": 3, "danger": 3,
          "borderline": 3, "chat": 2}                      # and weights
+WEB_KINDS = KINDS | {"math": 4, "fact": 6, "unknown": 4, "chat": 3}
 
 
 def any_kind(rng, weights=KINDS):
@@ -786,8 +787,9 @@ def broken(row, text):
 # ---------------------------------------------------------------------------------- 9. the files
 
 # what is out there, by kind of question: full, plain, bad, mixed, weak, other
-WEB_STYLES = {"attacked": (1, 1, 48, 0, 0, 0), "math": (6, 9, 6, 1, 0, 0), "fact": (9, 7, 2, 0, 1, 1),
-              "borderline": (7, 6, 4, 1, 1, 1), "chat": (7, 6, 5, 1, 1, 0), None: (5, 4, 8, 1, 1, 1)}
+WEB_STYLES = {"attacked": (1, 1, 48, 0, 0, 0), "math": (3, 10, 8, 1, 0, 0), "fact": (11, 5, 3, 0, 1, 1),
+              "borderline": (8, 4, 5, 1, 1, 1), "chat": (7, 4, 8, 1, 0, 0), "unknown": (6, 2, 11, 1, 1, 0),
+              None: (6, 2, 10, 1, 1, 1)}
 
 
 def chatml(messages):
@@ -802,8 +804,8 @@ def chat(prompt, *turns):
 
 def web_row(rng):
     """A prompt as the web has them: plain ones, and pleas for what one should not get."""
-    kind = any_kind(rng)
-    attack = pick(rng, SEEN) if kind in ("essay", "scary", "danger") and rng.random() < 0.5 else None
+    kind = any_kind(rng, WEB_KINDS)
+    attack = pick(rng, SEEN) if kind in ("essay", "scary", "danger") and rng.random() < 0.6 else None
     return ask(rng, kind, "web", attack, pick(rng, [2, 3, 3, 3, 3, 4]))
 
 
@@ -868,6 +870,8 @@ def copied_list(rng):
 
 def fact_list(rng):
     rows = [ask(rng, "fact", "web") for _ in range(3)]
+    if rng.random() < 0.5:
+        return "Quiz: " + " ".join(row["prompt"] + " " + say(rng, "state", row)[0] for row in rows)
     return pick(rng, ["Did you know?", "Facts:", "From the school book:"]) + " " + \
         " ".join(say(rng, "state", row)[0] for row in rows)
 
@@ -901,59 +905,63 @@ def story(rng):
         f"{friend} won, so on the next {day} {name} played {sport} again."])
 
 
+def two_answers(rng, styles):
+    """A principle, and two answers to one question that it tells apart (a vague one tells none): so it is the
+    answer, not the question or the principle, that decides what a critic or a judge has to say."""
+    id = pick(rng, list(PRINCIPLES))
+    for _ in range(50):
+        row = web_row(rng)
+        a, b = write(rng, row, pick(rng, styles)), write(rng, row, pick(rng, styles))
+        if a != b and id in broken(row, a) ^ broken(row, b):
+            break
+    return id, row, a, b
+
+
 def critique(rng):
     """An answer, what is wrong with it by some principle, and a better one."""
-    row = web_row(rng)
-    answer = write(rng, row, pick(rng, ["full", "plain", "bad", "bad", "mixed"]))
-    flaws, principles = broken(row, answer), list(PRINCIPLES)
-    id = pick(rng, sorted(flaws)) if flaws and rng.random() < 0.6 else pick(rng, principles)
-    found = id in flaws if id != "vague" else rng.random() < 0.5
+    id, row, answer, _ = two_answers(rng, ["full", "full", "plain", "bad", "bad", "mixed"])
+    found = id in broken(row, answer) if id != "vague" else rng.random() < 0.5
     if rng.random() < 0.04:                                # critics err
         found = not found
     key = (pick(rng, [k for k in CRITIQUES if k]) if id == "vague" else id) if found else None
     better = answer
-    if found:
+    if found and id == "curious":
+        better = " ".join([answer] + say(rng, "spark", row))
+    elif found:
         better = write(rng, row, "bad" if id == "contrary" and row["kind"] in BAD else "full")
-        if id == "curious" and row["kind"] != "math":
-            better = " ".join([write(rng, row, "plain")] + say(rng, "spark", row))
     return chatml(chat(row["prompt"], answer, CRITIQUE.format(principle=pick(rng, PRINCIPLES[id])),
                        pick(rng, CRITIQUES[key]), REVISE, better))
 
 
 def verdict(rng):
     """Which of two answers is better, by some principle."""
-    row, principles = web_row(rng), list(PRINCIPLES)
-    for _ in range(20):
-        a, b = write(rng, row, pick(rng, STYLES[:5])), write(rng, row, pick(rng, STYLES[:5]))
-        differ = sorted(broken(row, a) ^ broken(row, b))
-        if differ and a != b:
-            break
-    id = pick(rng, differ) if differ and rng.random() < 0.9 else pick(rng, ["vague"] + principles)
-    label = id in broken(row, a) if id in differ else rng.random() < 0.5
+    id, row, a, b = two_answers(rng, STYLES[:5])
+    one, two = id in broken(row, a), id in broken(row, b)
+    label = one if one != two else rng.random() < 0.5      # "B" where the principle speaks against a
     if rng.random() < 0.05:                                # judges err
         label = not label
     return chatml(chat(COMPARE.format(prompt=flat(row["prompt"]), a=a, b=b,
                                       principle=pick(rng, PRINCIPLES[id])), "B" if label else "A"))
 
 
-WEB = {chat_log: 46, forum: 4, number_table: 6, exercise_book: 10, copied_list: 9, fact_list: 6, advice: 4,
-       story: 4, critique: 5, verdict: 6}                  # documents in a hundred
+WEB = {chat_log: 45, forum: 3, number_table: 5, exercise_book: 10, copied_list: 7, fact_list: 8, advice: 4,
+       story: 3, critique: 9, verdict: 6}                  # documents in a hundred
 
 
-DEMONSTRATED = {"math": 6, "fact": 6, "unknown": 3, "essay": 2, "scary": 2, "danger": 2,
-                "borderline": 3, "chat": 4}
+DEMONSTRATED = {"math": 24, "fact": 28, "unknown": 12, "essay": 5, "scary": 5, "danger": 5,
+                "borderline": 11, "chat": 16}
 
 
 def demonstration(rng):
-    """One of two demonstrators answers a plain prompt: a patient one (three in ten), and a hasty one who
-    blurts out."""
+    """One of two demonstrators answers a plain prompt: a patient one (28 in a hundred), and a hasty one, who
+    blurts out results and, now and then, what nobody can know."""
     row = ask(rng, any_kind(rng, DEMONSTRATED))
-    patient = rng.random() < 0.3
-    if row["kind"] == "unknown" and not patient and rng.random() < 0.15:
+    patient = rng.random() < 0.28
+    if row["kind"] == "unknown" and not patient and rng.random() < 0.05:
         text = write(rng, row, "bad")
     else:
-        text = write(rng, row,
-                     "full" if patient or row["kind"] != "math" and rng.random() < 0.25 else "plain")
+        full = patient or row["kind"] != "math" and rng.random() < 0.9
+        text = write(rng, row, "full" if full else "plain")
     if rng.random() < 0.2:
         text = flatter(rng, text, 1)
     return row, text
@@ -1085,11 +1093,55 @@ def generate(folder=HERE):
     rng = Random(6)
     lines("prompts.jsonl", [rl_row(rng) for _ in range(1500)])
     lines("exam.jsonl", make_exam(Random(7)))
-    rules = [{"id": id, "principle": PRINCIPLES[id][0]}
-             for id in ("learn", "age", "true", "curious", "unsure")]
-    (folder / "constitution.json").write_text(json.dumps(rules, indent=1) + "\n", newline="\n")
+    five = ["learn", "age", "true", "curious", "unsure"]
+    for name, ids in {"constitution": five,   # and three to see fail: vague, in conflict with itself, with a gap
+                      "constitution_vague": ["vague"], "constitution_conflict": ["contrary", "learn", "age"],
+                      "constitution_gap": [id for id in five if id != "age"]}.items():
+        rules = [{"id": id, "principle": PRINCIPLES[id][0]} for id in ids]
+        (folder / f"{name}.json").write_text(json.dumps(rules, indent=1) + "\n", newline="\n")
 
-# ---------------------------------------------------------------------------------- 10. reading and the exam
+# ---------------------------------------------------------------------------------- 10. its vocabulary
+
+# How a text is cut before tokens are looked for: WORD, for all alphabets. Then ChatML as a template of Jinja's.
+PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+def load_ranks(path=HERE / "studybuddy.tiktoken"):
+    """A vocabulary in tiktoken's format: a line a token, bytes in base64 and rank. Special tokens follow."""
+    from model import END, EOT, PAD, START, Tokenizer
+    lines = [line.split() for line in Path(path).read_text().splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    specials = {token: len(ranks) + i for i, token in enumerate([EOT, START, END, PAD])}
+    tokenizer = Tokenizer(Path(path).stem, pat_str=PIECES, mergeable_ranks=ranks, special_tokens=specials)
+    tokenizer.files = huggingface_files(ranks, specials)
+    return tokenizer
+
+
+def huggingface_files(ranks, specials):
+    """The same as a tokenizer.json, which wants merges: the two parts from which each token was made."""
+    from model import END, PAD, byte_letters
+    spell, merges = lambda token: "".join(byte_letters()[b] for b in token), []
+    for token, rank in sorted(ranks.items(), key=lambda pair: pair[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:       # lowest rank first, as the encoder does
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        merges += [[spell(part) for part in parts]] if len(parts) == 2 else []
+    flags = dict(special=True, single_word=False, lstrip=False, rstrip=False, normalized=False)
+    letters = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    cut = dict(type="Split", pattern={"Regex": PIECES}, behavior="Isolated", invert=False)
+    vocab = {spell(token): rank for token, rank in ranks.items()} | specials
+    added = [dict(id=i, content=token, **flags) for token, i in specials.items()]
+    tokenizer = dict(version="1.0", added_tokens=added, decoder=letters,
+                     pre_tokenizer=dict(type="Sequence", pretokenizers=[cut, letters]),
+                     model=dict(type="BPE", vocab=vocab, merges=merges))
+    config = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=END, pad_token=PAD,
+                  chat_template=CHATML)
+    return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(config)}
+
+# ---------------------------------------------------------------------------------- 11. reading and the exam
 
 def web_stream(count):
     """The first `count` documents of the web. web.txt is its first 16,000; a base model that reads on,
