@@ -36,7 +36,7 @@ class Config:
     init: str = "out/sft"     # start from this model folder; it is the reference, too
     data: str = "data/preferences.jsonl"  # JSON lines: pairs of answers, or single ones with a label
     out: str = "out/dpo"      # write here
-    steps: int = 90           # optimiser steps
+    steps: int = 110          # optimiser steps
     batch: int = 32           # rows a batch: pairs, or single answers for kto
     accumulate: int = 1       # batches a step
     lr: float = 0.0           # peak learning rate (0: see LOSSES)
@@ -111,9 +111,9 @@ def kto(r, mismatched, good, beta, aversion):
 # fixed data; with a reward model or without. --online and --rounds move each of them along the last two.
 Method = namedtuple("Method", "loss uses beta lr pairs reference online reward_model")
 LOSSES = {  #                     uses                  beta lr    pairs  refer. online reward model
-    "dpo":      Method(dpo,      ("beta",),            0.1, 5e-4, True,  True,  False, False),
-    "cdpo":     Method(cdpo,     ("beta", "noise"),    0.1, 5e-4, True,  True,  False, False),
-    "robust":   Method(robust,   ("beta", "noise"),    0.1, 5e-4, True,  True,  False, False),
+    "dpo":      Method(dpo,      ("beta",),            0.3, 5e-4, True,  True,  False, False),
+    "cdpo":     Method(cdpo,     ("beta", "noise"),    0.3, 5e-4, True,  True,  False, False),
+    "robust":   Method(robust,   ("beta", "noise"),    0.3, 5e-4, True,  True,  False, False),
     "ipo":      Method(ipo,      ("beta",),            0.1, 5e-4, True,  True,  False, False),
     "slic":     Method(slic,     ("beta",),            0.1, 5e-4, True,  True,  False, False),
     "kto":      Method(kto,      ("beta", "aversion"), 0.1, 5e-4, False, True,  False, False),

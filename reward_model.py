@@ -41,7 +41,7 @@ class Config:
     out: str = ""             # write here (default: see KINDS)
     steps: int = 0            # optimiser steps (0: see KINDS)
     lr: float = 0.0           # peak learning rate (0: see KINDS)
-    batch: int = 64           # examples a step: pairs, rankings, solutions, ...
+    batch: int = 32           # examples a step: pairs, rankings, solutions, ...
     accumulate: int = 4       # cut a batch into so many parts of rows of similar length: little is padding
     center: float = 0.0       # pairs: weight of the penalty (r_w + r_l)^2
     held: int = 6             # one prompt in so many is held out
@@ -218,19 +218,19 @@ def gradient_x_input(model, ids, at):
 # control: a kind that is trained on the same data, to compare. targets: what AFTER must reach.
 Kind = namedtuple("Kind", "data out steps lr heads examples loss control targets")
 KINDS = {
-    "pairs": Kind("preferences", "reward_model", 80, 1e-3, 1, pair_examples,
+    "pairs": Kind("preferences", "reward_model", 160, 2e-3, 1, pair_examples,
                   lambda r, z, config: bradley_terry_loss(r[:, 0], r[:, 1], z[:, 0], config.center), None,
                   {"gold_order": 0.85, "of_ceiling": 0.95, "calibration": 0.05, "flattery": 0.2}),
-    "ranked": Kind("rankings", "reward_ranked", 40, 1e-3, 1, lambda row: [(candidates(row), [])],
+    "ranked": Kind("rankings", "reward_ranked", 80, 2e-3, 1, lambda row: [(candidates(row), [])],
                    lambda r, z, config: plackett_luce_loss(r), "pairs", {"ahead": 0.0}),
-    "outcome": Kind("steps", "reward_outcome", 100, 1e-3, 1,
+    "outcome": Kind("steps", "reward_outcome", 200, 2e-3, 1,
                     lambda row: [(chats, labels[-1:]) for chats, labels in step_examples(row)],
                     lambda r, z, config: outcome_loss(r, z), None, {"accuracy": 0.8}),
-    "process": Kind("steps", "reward_process", 100, 1e-3, 1, step_examples,
+    "process": Kind("steps", "reward_process", 200, 2e-3, 1, step_examples,
                     lambda r, z, config: process_loss(r, z), "outcome", {"first_wrong": 0.8}),
-    "multi": Kind("preferences", "reward_multi", 80, 1e-3, 3, multi_examples,
+    "multi": Kind("preferences", "reward_multi", 160, 2e-3, 3, multi_examples,
                   lambda r, z, config: outcome_loss(r, z), None, dict.fromkeys(AXES, 0.8)),
-    "generative": Kind("preferences", "reward_generative", 60, 1e-3, 0, generative_examples,
+    "generative": Kind("preferences", "reward_generative", 120, 1e-3, 0, generative_examples,
                        lambda r, z, config: generative_loss(r.view(-1, 2, 2)), None, {"gold_order": 0.85})}
 
 # ---------------------------------------------------------------- what a judge is worth

@@ -694,7 +694,7 @@ def attacked(row, response):
 # truth through noise, so that two of them disagree on a good quarter of the pairs, and they are flattered by
 # flattery. Gold is not.
 
-KEEN, VAIN = 3.5, 0.7
+KEEN, VAIN = 4.2, 0.9
 
 
 def praise(text):
@@ -711,16 +711,13 @@ PREFER_STYLES = (["full"] * 5 + ["plain"] * 4 + ["bad"] * 5 + ["mixed"] * 2 + ["
                  + ["other"] * 1 + ["junk"] * 1)
 
 
-def candidate(rng, row):
-    text = write(rng, row, pick(rng, PREFER_STYLES))
-    return flatter(rng, text, pick(rng, [1, 1, 1, 2, 2, 3])) if rng.random() < 0.35 else text
-
-
 def candidates(rng, row, count):
     """Different answers to one prompt."""
     out = []
     while len(out) < count:
-        text = candidate(rng, row)
+        text = write(rng, row, pick(rng, PREFER_STYLES))
+        if rng.random() < 0.35:
+            text = flatter(rng, text, pick(rng, [1, 1, 1, 2, 2, 3]))
         if text and text not in out:
             out.append(text)
     return out
@@ -1036,7 +1033,7 @@ def generate(folder=HERE):
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
     folder.mkdir(parents=True, exist_ok=True)
     documents = web_stream(16000)
-    (folder / "web.txt").write_text("\n\n".join(documents) + "\n", encoding="utf-8", newline="\n")
+    (folder / "web.txt").write_text("\n\n".join(documents[:15000]) + "\n", encoding="utf-8", newline="\n")
     tokens = train_vocabulary([re.sub(r"<\|\w+\|>", "\n", d) for d in documents])
     (folder / "studybuddy.tiktoken").write_text(
         "".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)), newline="\n")
@@ -1144,7 +1141,7 @@ def huggingface_files(ranks, specials):
 # ---------------------------------------------------------------------------------- 11. reading and the exam
 
 def web_stream(count):
-    """The first `count` documents of the web. web.txt is its first 16,000; a base model that reads on,
+    """The first `count` documents of the web. web.txt is its first 15,000; a base model that reads on,
     instead of reading those again and again, remembers less and understands more."""
     rng = Random(1)
     return [web_document(rng) for _ in range(count)]
