@@ -43,13 +43,15 @@ def test_gae_with_gamma_and_lambda_1_is_return_minus_value():
     mask, _, _, rewards, values, _ = rollout_like(1)
     advantages, returns = ppo.gae(rewards, values, mask, 1.0, 1.0)
     togo = rewards.masked_fill(~mask, 0).flip(1).cumsum(1).flip(1)
-    assert torch.allclose(returns[mask], togo[mask]) and torch.allclose(advantages[mask], (togo - values)[mask])
+    assert torch.allclose(returns[mask], togo[mask])
+    assert torch.allclose(advantages[mask], (togo - values)[mask])
 
 
 def test_gae_of_the_docstring():
-    A, _ = ppo.gae(torch.tensor([[0., 0, 1]]), torch.tensor([[.5, .6, .8]]), torch.ones(1, 3).bool(), 1.0, 0.95)
+    rewards, values = torch.tensor([[0., 0, 1]]), torch.tensor([[.5, .6, .8]])
+    A, _ = ppo.gae(rewards, values, torch.ones(1, 3).bool(), 1.0, 0.95)
     assert torch.allclose(A, torch.tensor([[0.4705, 0.39, 0.2]]))
-    assert "A_3 = 0.2," in ppo.__doc__ and "0.95 A_3 = 0.39" in ppo.__doc__ and "0.95 A_2 = 0.47" in ppo.__doc__
+    assert all(x in ppo.__doc__ for x in ("A_3 = 0.2,", "0.95 A_3 = 0.39", "0.95 A_2 = 0.47"))
 
 
 def exact(seed=0, V=5):
@@ -64,19 +66,20 @@ def test_kl_estimates_on_an_exact_distribution():
     logp = lambda: theta.log_softmax(0)
     pi = logp().detach().exp()
     kl, reverse = (pi * (pi.log() - ref)).sum(), (ref.exp() * (ref - pi.log())).sum()
-    mean_grad = lambda loss: torch.autograd.grad((pi * loss).sum(), theta)[0]       # of a loss on drawn tokens
+    mean_grad = lambda loss: torch.autograd.grad((pi * loss).sum(), theta)[0]   # of a loss on drawn tokens
     k1, k2, k3 = ppo.kl_estimates(logp(), ref)
     assert torch.allclose((pi * k1).sum(), kl) and torch.allclose((pi * k3).sum(), kl)
     assert not torch.allclose((pi * k2).sum(), kl) and (k3 >= 0).all() and (k2 >= 0).all() and (k1 < 0).any()
     noise = lambda k, p: (p * (k - (p * k).sum()) ** 2).sum()
     near = ppo.kl_estimates(logp(), (pi.log() + 0.1 * ref).log_softmax(0))
-    assert noise(near[2], pi) < noise(near[0], pi) and noise(k3, pi) > noise(k1, pi), "less noise only near ref"
+    assert noise(near[2], pi) < noise(near[0], pi) and noise(k3, pi) > noise(k1, pi), "only near ref"
     full = torch.autograd.grad((logp().exp() * (logp() - ref)).sum(), theta)[0]     # of KL(pi || ref)
     other = torch.autograd.grad((ref.exp() * (ref - logp())).sum(), theta)[0]       # of KL(ref || pi)
     assert mean_grad(k1).abs().max() < 1e-12
     k1, k2, k3 = ppo.kl_estimates(logp(), ref)
     assert torch.allclose(mean_grad(k2), full)
-    assert torch.allclose(mean_grad(ppo.kl_estimates(logp(), ref)[2]), other) and not torch.allclose(full, other)
+    assert torch.allclose(mean_grad(ppo.kl_estimates(logp(), ref)[2]), other)
+    assert not torch.allclose(full, other)
     # k1 as a reward, -beta k1 in the policy gradient: descends beta KL(pi || ref)
     reward = -0.3 * ppo.kl_estimates(logp(), ref)[0].detach()
     assert torch.allclose(mean_grad(-reward * logp()), 0.3 * full)
@@ -169,7 +172,8 @@ def test_each_algorithm_makes_advantages_of_rewards():
 def test_the_leash_is_a_thermostat():
     assert ppo.adapt_beta(0.1, 4.4, 4.0) == pytest.approx(0.1 * 1.01)
     assert ppo.adapt_beta(0.1, 3.6, 4.0) == pytest.approx(0.1 * 0.99)
-    assert ppo.adapt_beta(0.1, 100, 4.0) == pytest.approx(0.102) and ppo.adapt_beta(0.1, 0, 4.0) == pytest.approx(0.098)
+    assert ppo.adapt_beta(0.1, 100, 4.0) == pytest.approx(0.102)
+    assert ppo.adapt_beta(0.1, 0, 4.0) == pytest.approx(0.098)
     beta, kl = 0.5, 0.0
     for _ in range(1000):                                                   # a policy that follows its leash
         kl += 0.1 * (1 / beta - kl)
@@ -188,9 +192,9 @@ def test_explained_variance():
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    tokenizer = M.load_ranks(world.HERE / "studybuddy.tiktoken")
-    make = lambda: M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab, d_model=32, n_layers=1, n_heads=2,
-                                               n_kv_heads=1, d_ff=48))
+    tokenizer = world.load_ranks()
+    make = lambda: M.Transformer(M.ModelConfig(vocab_size=tokenizer.n_vocab, d_model=32, n_layers=1,
+                                               n_heads=2, n_kv_heads=1, d_ff=48))
     policy, judge = make(), M.ScalarModel(make())
     torch.nn.init.normal_(judge.score.weight)
     judge.mean += 0.3
@@ -200,8 +204,8 @@ def tiny():
     return policy, judge, tokenizer
 
 
-CONFIG = ppo.Config(answers=8, group=2, epochs=1, batch=4, lr=1e-3, max_new=6, steps=2, temperature=0.7, save=False,
-                    quiet=True)
+CONFIG = ppo.Config(answers=8, group=2, epochs=1, batch=4, lr=1e-3, max_new=6, steps=2, temperature=0.7,
+                    save=False, quiet=True)
 
 
 def some_rows(tokenizer, count=4):
@@ -216,7 +220,8 @@ def roll(tiny, reference=None, score=None, config=CONFIG):
 
 def test_reward_model_is_read_at_the_end_token_of_each_answer(tiny):
     _, judge, tokenizer = tiny
-    rows = [row for row in world.read("prompts") if not isinstance(row["prompt"], str)][:2] + world.read("prompts")[:3]
+    rows = world.read("prompts")
+    rows = [row for row in rows if not isinstance(row["prompt"], str)][:2] + rows[:3]
     texts = ["Yes.", "First 3 + 4 = 7. The answer is 7.", "", "I can't know.", "A<|im_end|>b"]
     scores = ppo.score_by(judge, tokenizer)([row["prompt"] for row in rows], texts)
     for row, text, score in zip(rows, texts, scores):
@@ -231,7 +236,7 @@ def test_sampled_and_scored_are_the_same_distribution(tiny, monkeypatch):
     drawn = []
     monkeypatch.setattr(ppo, "sample", lambda *a, **k: drawn.append(M.sample(*a, **k)) or drawn[-1])
     r = roll(tiny)
-    assert (r.logp[r.tokens[2]] - drawn[0].logps[drawn[0].answer]).abs().max() < 1e-5, "the sampling's temperature"
+    assert (r.logp[r.tokens[2]] - drawn[0].logps[drawn[0].answer]).abs().max() < 1e-5
     assert torch.equal(r.logp, r.ref_logp) and (r.logp[r.tokens[2]] < 0).all()
     for i, row in enumerate(r.rows):                     # answers stand under their own prompts
         ids, mask, answer = (x[i] for x in r.tokens)
@@ -278,8 +283,10 @@ def test_pad_ids_change_nothing(tiny):
         logp, values = M.token_logps(policy, *tokens, 0.7), ppo.state_values(critic, *tokens)
         rewards = ppo.token_rewards(r.scores, logp.detach(), r.ref_logp, answer, 0.1)
         A, returns = ppo.ppo(rewards, values.detach(), answer, CONFIG, {})
-        loss = ppo.policy_loss(logp, r.logp, A, answer, 0.2) + ppo.value_loss(values, r.values, returns, answer, 0.2)
-        results.append([loss, *torch.autograd.grad(loss, [*policy.blocks.parameters(), *critic.parameters()])])
+        loss = ppo.policy_loss(logp, r.logp, A, answer, 0.2)
+        loss = loss + ppo.value_loss(values, r.values, returns, answer, 0.2)
+        weights = [*policy.blocks.parameters(), *critic.parameters()]
+        results.append([loss, *torch.autograd.grad(loss, weights)])
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*results)) and results[0][0] != 0
 
 
@@ -300,7 +307,8 @@ def test_ppo_starts_at_ratio_1_and_kl_0_and_only_learners_move(tiny, algorithm):
     assert rows[0]["kl"] == 0 and rows[0]["kl_k3"] == 0 and abs(rows[0]["first_ratio"] - 1) < 1e-5
     assert abs(rows[1]["first_ratio"] - 1) < 1e-5 and rows[1]["kl"] != 0 and abs(rows[0]["ratio"] - 1) > 1e-5
     assert "first ratio 1.000, KL 0.000" in "\n".join(said)
-    same = lambda a, b: all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    weights = lambda model: torch.cat([p.flatten() for p in model.state_dict().values()])
+    same = lambda a, b: torch.equal(weights(a), weights(b))
     assert same(reference, tiny[0]) and not same(policy, tiny[0]) and same(judge, tiny[1])
     assert critic is None or not same(critic, tiny[1])
 
@@ -308,13 +316,24 @@ def test_ppo_starts_at_ratio_1_and_kl_0_and_only_learners_move(tiny, algorithm):
 @pytest.mark.parametrize("algorithm", ppo.ALGORITHMS)
 def test_ppo_learns_from_a_judge_of_your_own(tiny, algorithm, monkeypatch):
     """The seam likes one letter: it becomes more frequent, and the KL holds it back."""
-    monkeypatch.setattr(ppo, "sample", lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=s.ended | True))
+    ends = lambda s: s._replace(ended=s.ended | True)
+    monkeypatch.setattr(ppo, "sample", lambda *a, **k: ends(M.sample(*a, **k)))
     likes = lambda prompts, texts: [float("m" in text) for text in texts]
-    settings = dict(algorithm=algorithm, steps=40, answers=32, group=4, batch=32, lr=2e-2, temperature=1.0, penalty=0.0)
+    settings = dict(algorithm=algorithm, steps=40, answers=32, group=4, batch=32, lr=2e-2, temperature=1.0)
     free, held = (run(tiny, likes, beta=beta, **settings)[0] for beta in (0.0, 3.0))
     mean = lambda rows, key: sum(row[key] for row in rows) / len(rows)
     assert mean(free[-10:], "score") > mean(free[:5], "score") + 0.1
-    assert mean(held[-10:], "kl") < mean(free[-10:], "kl") / 2 and mean(held[-10:], "score") < mean(free[-10:], "score")
+    assert mean(held[-10:], "kl") < mean(free[-10:], "kl") / 2
+    assert mean(held[-10:], "score") < mean(free[-10:], "score")
+
+
+def test_each_epoch_learns_from_every_answer_once(tiny, monkeypatch):
+    seen, loss = [], ppo.policy_loss
+    monkeypatch.setattr(ppo, "policy_loss", lambda *args: seen.append(args) or loss(*args))
+    run(tiny, epochs=3, steps=1)
+    tokens = [torch.cat([old[mask] for _, old, _, mask, _ in seen[i:i + 2]]).sort().values for i in (0, 2, 4)]
+    assert len(seen) == 6 and torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
+    assert not torch.equal(seen[0][1], seen[2][1]), "in another order"
 
 
 def test_beta_follows_the_target(tiny):
@@ -334,7 +353,8 @@ def test_alarms_need_no_truth_and_are_silent_at_the_start():
     praise = [" ".join([world.SAY["flattery"][0]] * 2 + [text]) for text in good[:128]]
     found = ppo.alarms(look(praise, 30.0), start, 128)
     assert {"repeated", "openings", "length", "kl"} == found.keys()
-    assert ppo.alarms(start | {"kl": 5.92}, start, 128).keys() == {"kl"} and not ppo.alarms(start | {"kl": 5.9}, start, 128)
+    assert ppo.alarms(start | {"kl": 5.92}, start, 128).keys() == {"kl"}
+    assert not ppo.alarms(start | {"kl": 5.9}, start, 128)
 
 
 def test_turning_point():
@@ -350,10 +370,12 @@ def test_ppo_bad_input(tiny, tmp_path):
     M.save(tmp_path / "rm3", M.ScalarModel(copy.deepcopy(policy), 3), tokenizer)
     good = {"init": str(tmp_path / "m"), "reward": str(tmp_path / "rm"), "save": False, "quiet": True}
     for changes, word in [({"algorithm": "trpo"}, "--algorithm trpo"), ({"steps": 0}, "--steps 0"),
-                          ({"algorithm": "rloo", "group": 1}, "--group 1"), ({"answers": 100, "batch": 64}, "--batch 64"),
+                          ({"algorithm": "rloo", "group": 1}, "--group 1"),
+                          ({"answers": 100, "batch": 64}, "--batch 64"), ({"answers": 0}, "--answers 0"),
                           ({"temperature": 0.0}, "--temperature"), ({"init": "nowhere"}, "nowhere"),
                           ({"max_new": 250}, "--max-new 250"), ({"reward": "nowhere"}, "nowhere"),
-                          ({"reward": str(tmp_path / "m")}, "scalar"), ({"reward": str(tmp_path / "rm3")}, "one score"),
+                          ({"reward": str(tmp_path / "m")}, "scalar"),
+                          ({"reward": str(tmp_path / "rm3")}, "one score"),
                           ({"beta": -1.0}, "--beta"), ({"data": "nowhere.jsonl"}, "nowhere.jsonl")]:
         with pytest.raises(M.UserError, match=re.escape(word)):
             ppo.train(ppo.Config(**good | changes))
