@@ -353,8 +353,8 @@ def test_alarms_need_no_truth_and_are_silent_at_the_start():
     praise = [" ".join([world.SAY["flattery"][0]] * 2 + [text]) for text in good[:128]]
     found = ppo.alarms(look(praise, 30.0), start, 128)
     assert {"repeated", "openings", "length", "kl"} == found.keys()
-    assert ppo.alarms(start | {"kl": 5.92}, start, 128).keys() == {"kl"}
-    assert not ppo.alarms(start | {"kl": 5.9}, start, 128)
+    assert ppo.alarms(start | {"kl": 3.62}, start, 128).keys() == {"kl"}
+    assert not ppo.alarms(start | {"kl": 3.6}, start, 128)
 
 
 def test_turning_point():
