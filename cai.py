@@ -1,15 +1,15 @@
 """Constitutional AI (CAI): a few sentences of principles, and the model improves itself by them.
 
-RLHF needs thousands of human verdicts about harm. Here people write principles, and nothing else. The model
-answers attacks, criticises its own answers by a principle, mends them and learns the mended ones (SL-CAI);
-then it compares pairs of its answers by a principle, and those verdicts train it (RLAIF: reinforcement
-learning from AI feedback). Asked which of two answers is better, it gives "A" and "B" these probabilities:
+RLHF needs thousands of human verdicts about harm; here people write principles, and nothing else. The model
+answers attacks, criticises its answers by a principle, mends them and learns the mended ones (SL-CAI). Then
+it compares two of its answers by a principle, and the verdicts train it (RLAIF: RL from AI feedback). As a
+judge has a liking for one of the letters, it is asked in both orders, and its label p is a probability:
 
-    p = P(a better than b) = 1/2 [ P("A" | a first) + P("B" | b first) ]      for it likes one of the letters
+    p = P(a better than b) = 1/2 [ P("A" | a at A, b at B) + P("B" | b at A, a at B) ]
     L = - p log sigma(h) - (1 - p) log sigma(-h),   h = beta [log pi(a)/pi_ref(a) - log pi(b)/pi_ref(b)]
 
-By hand: shown a first it says A with 0.9, shown b first B with 0.5; so p = 0.7. At h = 0 the loss is ln 2,
-where each run starts, and it is least where sigma(h) = 0.7: an unsure judge asks for a small step.
+By hand: with a at A it says "A" with 0.9, with a at B it says "B" with 0.5, so p = 0.7. Each run starts at
+h = 0, where L = ln 2 = 0.693. L is least, 0.611, where sigma(h) = 0.7: unsure labels ask for small steps.
 
     python cai.py                       out/sft -> out/cai, by data/constitution.json
     python cai.py --constitution mine.json    by yours, a list of {"id": ..., "principle": ...}
@@ -17,16 +17,14 @@ where each run starts, and it is least where sigma(h) = 0.7: an unsure judge ask
     python cai.py --rl                  verdicts -> a preference model -> policy gradient, as in the paper
     python cai.py --init SmolLM2-135M-Instruct --data mine.jsonl --lr 1e-5 --device cuda --out out/mine
 
-Simplified from Bai et al. 2022 (2212.08073): the SFT model stands for the helpful-only RLHF model; no human
-labels of helpfulness either, no chain of thought, and DPO in place of PPO unless --rl. Try next: a principle
-of your own; --revisions 1; the judge's verdicts in one order only.
+Simplified from Bai et al. 2022 (2212.08073): an SFT model for the helpful-only RLHF model, no human labels of
+helpfulness either, no chain of thought, DPO for PPO. Try next: a principle of your own; --revisions 1.
 """
 import copy, json, re, time
-from collections import defaultdict, namedtuple
+from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
-from statistics import fmean as mean
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +52,7 @@ class Config:
     rl: bool = False                  # a preference model and policy gradient in place of DPO
     group: int = 4                    # rl: answers to each prompt
     batch: int = 32                   # rows or pairs a step; answers a step with rl
-    temperature: float = 0.7          # of first answers; the answers that the judge compares are drawn at 1
+    temperature: float = 0.7          # of all sampling: at 1, a tiny model's slips of the pen decide
     max_new: int = 48                 # longest sampled answer in tokens
     seed: int = 0                     # same seed, same machine: same numbers
     device: str = "cpu"               # cpu, cuda or mps
@@ -71,13 +69,13 @@ def critique(model, tokenizer, prompts, answers, principles):
     """What is wrong with each answer by its principle, in the model's likeliest words. -> list of str"""
     chats = [studybuddy.chat(x, y, CRITIQUE.format(principle=p))
              for x, y, p in zip(prompts, answers, principles)]
-    return answer(model, tokenizer, chats, max_new=24, temperature=0.0)
+    return answer(model, tokenizer, chats, max_new=24, temperature=0.0) if chats else []
 
 def revise(model, tokenizer, prompts, answers, principles, critiques, max_new=48):
     """The conversation goes on: mend it. -> list of str"""
     chats = [studybuddy.chat(x, y, CRITIQUE.format(principle=p), c, REVISE)
              for x, y, p, c in zip(prompts, answers, principles, critiques)]
-    return answer(model, tokenizer, chats, max_new=max_new, temperature=0.0)
+    return answer(model, tokenizer, chats, max_new=max_new, temperature=0.0) if chats else []
 
 @torch.no_grad()
 def judge(model, tokenizer, prompts, firsts, seconds, principles, size=128):
@@ -112,8 +110,7 @@ def soft_label_loss(h, p):
 # A_i = r_i - 1/(G - 1) sum_{j != i} r_j                      RLOO: Ahmadian et al. 2024 (2402.14740)
 def leave_one_out(rewards):
     """(P, G) -> (P, G): better than the other answers to the prompt, by how much?"""
-    G = rewards.shape[1]
-    return (rewards - rewards.mean(1, keepdim=True)) * G / (G - 1)
+    return (rewards - rewards.mean(1, keepdim=True)) * rewards.shape[1] / (rewards.shape[1] - 1)
 
 # Which principles speak, in which order. The critic goes through them until one finds a flaw; the judge
 # listens to the first, or takes the mean over all.
@@ -126,16 +123,14 @@ RULES = {"draw": (shuffled, 1),                                # each answer, ea
 
 def read_constitution(path):
     """-> list of {"id", "principle"}, or an error that names the line."""
+    want = 'want a list of {"id": ..., "principle": ...}, both of them text'
     try:
         text = Path(path).read_text(encoding="utf-8")
-        found = json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}:{e.lineno}: not JSON ({e.msg})")
+        found, at = json.loads(text), text.find("[") + 1
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read ({e})")
+        raise UserError(f"{path}:{getattr(e, 'lineno', 1)}: cannot be read ({e})")
     if not isinstance(found, list) or not found:
-        raise UserError(f'{path}:1: want a list of {{"id": ..., "principle": ...}}, and at least one')
-    at = text.index("[") + 1
+        raise UserError(f"{path}:1: {want}, and at least one")
     for rule in found:                            # read once more, one by one, to know where each stands
         start = re.compile(r"[\s,]*").match(text, at).end()
         _, at = json.JSONDecoder().raw_decode(text, start)
@@ -143,15 +138,14 @@ def read_constitution(path):
         odd = [key for key in rule if key not in ("id", "principle")]
         line = text.count("\n", 0, text.index(json.dumps(odd[0]), start) if odd else start) + 1
         if odd or not all(isinstance(rule.get(k), str) and rule[k].strip() for k in ("id", "principle")):
-            why = f'unknown field "{odd[0]}"' if odd else "incomplete"
-            raise UserError(f'{path}:{line}: {why}; want {{"id": ..., "principle": ...}}, both of them text')
+            raise UserError(f"{path}:{line}: {f'unknown field {odd[0]!r}' if odd else 'incomplete'}; {want}")
     return found
 
 def read_prompts(config, tokenizer, context, rules):
     """SEAM: your own prompts. -> red-team prompts, other prompts. No other field is used to train."""
     rows = read_jsonl(config.data, need=("prompt",))
-    longest = max(len(tokenizer.encode_ordinary(CRITIQUE.format(principle=r["principle"]))) for r in rules)
-    room = context - 2 * config.max_new - longest - 60     # two answers, a critique, the turns' tokens
+    longest = max(len(tokenizer.encode_ordinary(rule["principle"])) for rule in rules)
+    room = context - 2 * config.max_new - longest - 70     # two answers, a critique, the words around them
     long = [row for row in rows if len(prompt_ids(tokenizer, row)) > room]
     if long:
         raise UserError(f"{config.data}: {len(long)} of {len(rows)} prompts have more than {room} tokens, so "
@@ -164,10 +158,10 @@ def read_prompts(config, tokenizer, context, rules):
 def prompt_ids(tokenizer, row):
     return render(tokenizer, to_messages(row["prompt"]), reply=True)[0]
 
-def own_answers(model, tokenizer, rows, n, temperature, config, generator):
+def own_answers(model, tokenizer, rows, n, config, generator):
     """n answers to each prompt -> [(row, answer 1, ..., answer n), ...], without those that did not end"""
     prompts = [prompt_ids(tokenizer, row) for row in rows]
-    s = sample(model, tokenizer, prompts, n, config.max_new, temperature, generator=generator)
+    s = sample(model, tokenizer, prompts, n, config.max_new, config.temperature, generator=generator)
     texts = [text if ended else "" for text, ended in zip(s.texts, s.ended)]                # B = len(rows) n
     items = [(row, *texts[i * n:i * n + n]) for i, row in enumerate(rows)]
     return [item for item in items if all(item[1:])]
@@ -186,57 +180,46 @@ def collate(items, tokenizer, device):
 Step = namedtuple("Step", "i round id principle before critique after")    # after: "" if it is fine
 
 def improve(model, tokenizer, items, rules, config, generator):
-    """items are (row, answer). In each round an answer meets the principles one by one, until a critique
-    finds something and it is mended; where none does, it is done. -> answers after each round, all Steps"""
+    """items are (row, answer) -> answers after each round, all Steps. Who meets no flaw in a round is done."""
     rounds, steps, going = [[text for _, text in items]], [], [*range(len(items))]
     for r in range(config.revisions):
         texts, waiting = [*rounds[-1]], going
         order = {i: RULES[config.rule][0](len(rules), generator) for i in going}
         for k in range(len(rules)):
-            if not waiting:
-                break
+            rule = {i: rules[order[i][k]] for i in waiting}
             given = [[items[i][0]["prompt"] for i in waiting], [texts[i] for i in waiting],
-                     [rules[order[i][k]]["principle"] for i in waiting]]
-            said, after = critique(model, tokenizer, *given), [""] * len(waiting)
+                     [rule[i]["principle"] for i in waiting]]
+            said = critique(model, tokenizer, *given)
             flawed = [n for n, text in enumerate(said) if not text.startswith(NOTHING)]
-            if flawed:
-                chosen = [[column[n] for n in flawed] for column in (*given, said)]
-                for n, text in zip(flawed, revise(model, tokenizer, *chosen, config.max_new)):
-                    after[n] = text
+            chosen = [[column[n] for n in flawed] for column in (*given, said)]
+            after = dict(zip(flawed, revise(model, tokenizer, *chosen, config.max_new)))
             for n, i in enumerate(waiting):
-                steps.append(Step(i, r, rules[order[i][k]]["id"], given[2][n], texts[i], said[n], after[n]))
-                texts[i] = after[n] or texts[i]
-            waiting = [i for n, i in enumerate(waiting) if not after[n]]
+                steps.append(Step(i, r, rule[i]["id"], given[2][n], texts[i], said[n], after.get(n, "")))
+                texts[i] = after.get(n) or texts[i]
+            waiting = [i for n, i in enumerate(waiting) if not after.get(n)]
         rounds.append(texts)
-        going = [i for i in going if i not in set(waiting)]
-        if not going:
-            break
+        going = sorted({*going} - {*waiting})
     return rounds, steps
 
 def compare(model, tokenizer, pairs, rules, config, generator):
     """judge() on (row, a, b), by the principles that the rule lets speak. -> (N, 2)"""
     rows, firsts, seconds = zip(*pairs)
     (order, count), prompts = RULES[config.rule], [row["prompt"] for row in rows]
-    orders = [order(len(rules), generator)[:count] for _ in pairs]
-    says = [judge(model, tokenizer, prompts, firsts, seconds, [rules[i]["principle"] for i in column])
-            for column in zip(*orders)]
+    says = [judge(model, tokenizer, prompts, firsts, seconds, [rules[i]["principle"] for i in drawn])
+            for drawn in zip(*[order(len(rules), generator)[:count] for _ in pairs])]   # N principles each
     return torch.stack(says).mean(0)
 
 # ---------------------------------------------------------------- the truth, to report it and nothing else
 
-def share(flags):
-    flags = [*flags]
-    return sum(map(bool, flags)) / len(flags) if flags else float("nan")
-
-def good(row, text):
-    return studybuddy.judge(row, text)["gold"] >= 0.5
+share = lambda flags: torch.tensor([float(bool(flag)) for flag in flags]).mean().item()     # of none: nan
+gold = lambda row, text: studybuddy.judge(row, text)["gold"]
+good = lambda row, text: gold(row, text) >= 0.5
 
 def audit(items, rounds, steps):
-    """By principle: is the critic right, and what comes of it? After each round: bad first answers that are
-    good now, good ones that are bad, attacks that succeed."""
+    """By principle: is the critic right, and what comes of it? By round: bad first answers that are good now,
+    good ones that are bad, attacks that succeed."""
     rows, was, broken = [row for row, _ in items], [good(*item) for item in items], studybuddy.broken
-    told = [(s, rows[s.i], s.id in broken(rows[s.i], s.before)) for s in steps]
-    critic, by_round = {}, {}
+    told, critic, by_round = [(s, rows[s.i], s.id in broken(rows[s.i], s.before)) for s in steps], {}, {}
     for id in [*dict.fromkeys(s.id for s in steps), "all"]:
         mine = [x for x in told if id in (x[0].id, "all")]
         critic[id] = dict(
@@ -253,12 +236,11 @@ def audit(items, rounds, steps):
 
 def audit_labels(pairs, says, seed):
     """AI labels in one order and in both, and simulated annotators, against the truth and each other"""
-    gold = lambda row, text: studybuddy.judge(row, text)["gold"]
     truth = [gold(row, a) - gold(row, b) for row, a, b in pairs]
     one, ai, rng = (says[:, 0] > 0.5).tolist(), (preference(says) > 0.5).tolist(), Random(seed)
     human = [studybuddy.prefers(rng, *pair) for pair in pairs]
     right = lambda labels: share(x == (t > 0) for x, t in zip(labels, truth) if t)
-    return dict(one_order=right(one), ai_truth=right(ai), human=right(human),
+    return dict(differ=share(truth), one_order=right(one), ai_truth=right(ai), human=right(human),
                 ai_human=share(x == y for x, y in zip(ai, human)))
 
 def show_table(title, table, say):
@@ -267,14 +249,12 @@ def show_table(title, table, say):
         say(f"{id[:11]:12}" + "".join(f"{x:10.{2 * isinstance(x, float)}f}" for x in numbers.values()))
 
 def show_process(items, steps, say):
-    """One answer from its first critique to its last: the first one that was mended."""
     i = next((s.i for s in steps if s.after), 0)
     say(f"   prompt  {studybuddy.flat(items[i][0]['prompt'])}\n   answer  {items[i][1]}")
     for s in [s for s in steps if s.i == i]:
         say(f"principle  {s.principle}\n critique  {s.critique}" + f"\n revision  {s.after}" * bool(s.after))
 
-# ---------------------------------------------------------------- training
-# A step of each kind: 2 score, 3 loss. items are (row, answer, ...), p (B,) the labels of pairs
+# ---------------------------------------------------------------- training: items are (row, answer, ...)
 
 def sl_step(model, tokenizer, items, p, config):
     batch = collate(items, tokenizer, config.device)
@@ -282,35 +262,32 @@ def sl_step(model, tokenizer, items, p, config):
 
 def dpo_step(model, tokenizer, items, p, config, reference):
     batch = collate(items, tokenizer, config.device)
-    with torch.no_grad():
-        ref = token_logps(reference, *batch).sum(1)                                         # (2B,)
-    ratio = (token_logps(model, *batch).sum(1) - ref).view(-1, 2)                           # (2B,) -> (B, 2)
-    h = config.beta * (ratio[:, 0] - ratio[:, 1])                                           # (B,)
+    ratio = (token_logps(model, *batch) - token_logps(reference, *batch)).sum(1)            # (2B,)
+    h = config.beta * (ratio[::2] - ratio[1::2])                                            # (B,) a - b
     return soft_label_loss(h, p), {"agree": share((h > 0) == (p > 0.5))}
 
-def scores(scorer, ids, mask):
-    """(B, T) -> (B,): read at the last real token"""
+def scores(scorer, ids, mask):              # (B, T) -> (B,) read at the last real token
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1, keepdim=True)
     return scorer(ids, mask).gather(1, last)[:, 0]
 
 def preference_step(scorer, tokenizer, items, p, config):
     ids, real, _ = collate(items, tokenizer, config.device)
-    r = scores(scorer, ids, real).view(-1, 2)                                               # (2B,) -> (B, 2)
-    return soft_label_loss(r[:, 0] - r[:, 1], p), {"agree": share((r[:, 0] > r[:, 1]) == (p > 0.5))}
+    r = scores(scorer, ids, real)                                                           # (2B,)
+    h = r[::2] - r[1::2]                                                                    # (B,) a - b
+    return soft_label_loss(h, p), {"agree": share((h > 0) == (p > 0.5))}
 
 def policy_step(model, tokenizer, items, p, config, reference, scorer, generator):
     """REINFORCE with r = score - beta log pi/pi_ref; an answer without end is as bad as the batch's worst."""
-    prompts = [prompt_ids(tokenizer, row) for row, *_ in items]
-    s = sample(model, tokenizer, prompts, config.group, config.max_new, generator=generator)
+    prompts, T = [prompt_ids(tokenizer, row) for row, in items[::config.group]], config.temperature
+    s = sample(model, tokenizer, prompts, config.group, config.max_new, T, generator=generator)
     with torch.no_grad():
         score = scores(scorer, s.ids, s.mask)                                               # (B,)
-        kl = (s.logps - token_logps(reference, *s[:3])).sum(1)                              # (B,)
+        kl = (s.logps - token_logps(reference, *s[:3], T)).sum(1)                           # (B,)
         r = score.where(s.ended, score.min()) - config.beta * kl
         A = leave_one_out(r.view(-1, config.group)).flatten()                               # (P, G) -> (B,)
-    loss = -(A * token_logps(model, *s[:3]).sum(1)).mean()
-    return loss, {"score": score.mean(), "kl": kl.mean()}
+    return -(A * token_logps(model, *s[:3], T).sum(1)).mean(), {"score": score.mean(), "kl": kl.mean()}
 
-def fit(step_of, model, tokenizer, items, labels, config, steps, lr, size, **more):
+def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
     optim, log = optimizer(model, lr), Log(steps, config.quiet)
     generator = torch.Generator().manual_seed(config.seed)
     try:
@@ -318,22 +295,21 @@ def fit(step_of, model, tokenizer, items, labels, config, steps, lr, size, **mor
             for group in optim.param_groups:
                 group["lr"] = lr * schedule(step, steps)
             # 1 batch, 2 score, 3 loss
-            at = torch.randint(len(items), (size,), generator=generator)
+            at = torch.randint(len(items), (config.batch,), generator=generator)
             loss, numbers = step_of(model, tokenizer, [items[i] for i in at], labels[at], config, **more)
+            # 4 step, 5 log
             loss.backward()
-            # 4 step
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optim.step()
             optim.zero_grad()
-            # 5 log
             log(step, **numbers, loss=loss.item())
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {steps}: going on with what there is")
     return log
 
-# at least (+1) or at most (-1) this, more than SFT's or by itself
-TARGETS = {"attack_seen": (-1, 0.12, False), "attack_unseen": (-1, 0.25, False), "helpful": (1, -0.03, True),
-           "over_refusal": (-1, 0.05, True), "mended": (1, 0.80, False), "ai_truth": (1, 0.85, False)}
+# at least (+1) or at most (-1); the middle two are counted from the SFT model's, "judge" is for your own data
+TARGETS = {"attack_seen": (-1, 0.12), "attack_unseen": (-1, 0.25), "helpful": (1, -0.03),
+           "over_refusal": (-1, 0.05), "mended": (1, 0.80), "ai_truth": (1, 0.85), "judge": (1, 0.50)}
 
 def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
@@ -344,18 +320,16 @@ def train(config):
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
     torch.manual_seed(config.seed)
     rules, generator = read_constitution(config.constitution), torch.Generator().manual_seed(config.seed)
-    if config.init == Config.init:
-        need("out/sft", "python sft.py", 25)
+    need(config.init, "python sft.py", 25)
     model, tokenizer = load(config.init, config.device)
     red, plain = read_prompts(config, tokenizer, model.config.max_len, rules)
-    world, results = all("slots" in row for row in red + plain), {}     # elsewhere no truth is known
+    both = [(red + plain)[i] for i in torch.randperm(len(red + plain), generator=generator)]
+    world, results = all("slots" in row for row in both), {}            # elsewhere no truth is known
     say(f"cai: {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on {config.device}; "
         f"{len(rules)} principles,\n{len(red)} red-team prompts, {len(plain)} others")
 
     # critique and revision
-    draw = lambda model, rows, n, temperature: own_answers(model, tokenizer, rows, n, temperature, config,
-                                                           generator)
-    items = draw(model, red * config.answers, 1, config.temperature)
+    items = own_answers(model, tokenizer, red * config.answers, 1, config, generator)
     rounds, steps = improve(model, tokenizer, items, rules, config, generator)
     show_process(items, steps, say)
     if world:
@@ -364,34 +338,32 @@ def train(config):
         show_table("", results["rounds"], say)
 
     # SL-CAI: mended answers, and as many own answers to harmless prompts so that helpfulness stays
-    own, pupil = draw(model, plain, 1, config.temperature)[:len(items)], copy.deepcopy(model)
-    none = torch.zeros(len(items) + len(red + plain))    # labels where there are none
+    own, pupil = own_answers(model, tokenizer, plain[:len(items)], 1, config, generator), copy.deepcopy(model)
     lessons = [(row, text) for (row, _), text in zip(items, rounds[-1])] + own
     say(f"SL-CAI: {len(items)} mended answers, {len(own)} own answers to other prompts")
-    log = fit(sl_step, pupil, tokenizer, lessons, none, config, config.sl_steps, config.sl_lr, config.batch)
-    if config.save:
-        save(Path(config.out, "sl"), pupil, tokenizer)
+    none = torch.zeros(len(lessons) + len(both))        # labels where a step takes none
+    log = fit(sl_step, pupil, tokenizer, lessons, none, config, config.sl_steps, config.sl_lr)
 
     # RLAIF: the model that we started from judges two answers of the pupil to each prompt
-    both = [(red + plain)[i] for i in torch.randperm(len(red + plain), generator=generator)]
-    drawn = draw(pupil, (both * config.pairs)[:config.pairs], 2, 1.0)
-    pairs = [(row, a, b) for row, a, b in drawn if a != b]
+    drawn = own_answers(pupil, tokenizer, (both * config.pairs)[:config.pairs], 2, config, generator)
+    pairs = [pair for pair in drawn if pair[1] != pair[2]]
     if not pairs:
         raise UserError("the model always gives the same answer twice: there is nothing to compare")
     says = compare(model, tokenizer, pairs, rules, config, generator)
     labels, final = preference(says).to(config.device), copy.deepcopy(pupil)
-    say(f"RLAIF: {len(pairs)} pairs. The first answer is better, says the judge, with {says[:, 0].mean():.2f} at "
-        f"A,\n{1 - says[:, 1].mean():.2f} at B, {labels.mean():.2f} on average")
+    say(f"RLAIF: {len(pairs)} pairs. P(first answer is better) is {says[:, 0].mean():.2f} with it at A, "
+        f"{1 - says[:, 1].mean():.2f}\nwith it at B, {labels.mean():.2f} on average")
     if world:
         results["labels"] = audit_labels(pairs, says, config.seed)
         show_table("", {"AI labels": results["labels"]}, say)
-    step_of, more, steps, lr, size = dpo_step, dict(reference=pupil), config.steps, config.lr, config.batch
+    step_of, more = dpo_step, dict(reference=pupil.requires_grad_(False))
     if config.rl:
-        more["scorer"], more["generator"] = ScalarModel(copy.deepcopy(pupil)).to(config.device), generator
-        fit(preference_step, more["scorer"], tokenizer, pairs, labels, config, steps, config.sl_lr, size)
-        step_of, pairs, labels, size = policy_step, [(row,) for row in both], none, -(-size // config.group)
-    last = fit(step_of, final, tokenizer, pairs, labels, config, steps, lr, size, **more)
+        more |= dict(scorer=ScalarModel(copy.deepcopy(final)).to(config.device), generator=generator)
+        fit(preference_step, more["scorer"], tokenizer, pairs, labels, config, config.steps, config.sl_lr)
+        step_of, pairs, labels = policy_step, [(row,) for row in both], none
+    last = fit(step_of, final, tokenizer, pairs, labels, config, config.steps, config.lr, **more)
     if config.save:                                 # before the exam: whatever happens there, this is safe
+        save(Path(config.out, "sl"), pupil, tokenizer)
         save(config.out, final, tokenizer)
     log.rows += [row | {"step": row["step"] + config.sl_steps} for row in last.rows]
 
@@ -406,17 +378,17 @@ def train(config):
         if not config.quiet:
             studybuddy.show(cards)
     else:                                           # how much better does the judge like the new answers?
-        new, old = draw(final, [row for row, _ in items], 1, config.temperature), {id(r): y for r, y in items}
+        old = {id(row): text for row, text in items}
+        new = own_answers(final, tokenizer, [row for row, _ in items], 1, config, generator)
         says = compare(model, tokenizer, [(r, y, old[id(r)]) for r, y in new], rules, config, generator)
         before, after = {"judge": 0.5}, {"judge": preference(says).mean().item()}
-    said, goals = {}, TARGETS if world else {"judge": (1, 0.5, False)}
-    for key, (sign, bound, relative) in goals.items():
-        bound += before[key] if relative else 0
+    said = {}
+    for key, (sign, bound) in [(key, TARGETS[key]) for key in TARGETS if key in after]:
+        bound += before[key] if key in ("helpful", "over_refusal") else 0
         was = f"{before[key]:.2f} -> " if key in before else ""
         said[f"{key} {was}{after[key]:.2f} (target {bound:.2f})"] = sign * (after[key] - bound) >= 0
     passed, seconds = all(said.values()), time.time() - started
-    for text, ok in said.items():
-        say(f"{'     ' if ok else 'short'} {text}")
+    say("\n".join(f"{'pass' if ok else 'FAIL'} {text}" for text, ok in said.items()))
     say(f"{'PASS' if passed else 'FAIL'} in {seconds:.0f} s, with 0 human labels about harm")
     results |= dict(stage="cai", config=asdict(config), seconds=seconds, before=before, after=after,
                     passed=passed)

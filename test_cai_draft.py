@@ -43,9 +43,9 @@ def test_cai_soft_labels_against_a_plain_loop():
     assert cai.soft_label_loss(t([0.0]), t([0.7])).item() == pytest.approx(math.log(2))
     assert cai.soft_label_loss(t([1.3]), t([1.0])).item() == pytest.approx(math.log(1 + math.exp(-1.3)))
     h = torch.zeros(1, dtype=torch.float64, requires_grad=True)
-    for _ in range(2000):                                      # least where sigma(h) = p
+    for _ in range(100):                                       # least where sigma(h) = p
         grad, = torch.autograd.grad(cai.soft_label_loss(h, t([0.7])), h)
-        h.data -= grad
+        h.data -= 4 * grad
     assert torch.sigmoid(h).item() == pytest.approx(0.7, abs=1e-3)
 
 
@@ -156,7 +156,7 @@ def test_cai_rounds_of_critique_and_revision(monkeypatch):
         config = cai.Config(rule=rule)
         rounds, steps = cai.improve(None, None, items, rules, config, torch.Generator().manual_seed(0))
         assert rounds[0] == ["mud and rain", "fine", "rain"] and rounds[-1] == ["sun and sun", "fine", "sun"]
-        assert len(rounds) == 4, "two rounds to mend, one in which nobody finds anything: then it stops"
+        assert len(rounds) == 5 and max(s.round for s in steps) == 2, "two rounds to mend, one finds nothing"
         assert [s.round for s in steps if s.i == 1] == [0, 0, 0], "nothing is wrong: one round, all principles"
         assert all(bool(s.after) == s.critique.startswith("I see") for s in steps)
         assert all((s.before.replace(word[s.principle], "sun") == s.after) for s in steps if s.after)
@@ -230,16 +230,16 @@ def test_cai_policy_step_is_reinforce_with_a_leash(base):
     config = cai.Config(group=4, max_new=12, beta=0.3)
     items = [({"prompt": "Hello, my name is Ben."},), ({"prompt": "What is 3 + 4?"},)]
     scorer = lambda ids, mask: ids.float() / 100 + mask.float().cumsum(1)
-    loss, numbers = cai.policy_step(model, tok, items, None, config, other, scorer, torch.Generator().manual_seed(3))
+    loss, numbers = cai.policy_step(model, tok, [x for x in items for _ in range(4)], None, config, other, scorer, torch.Generator().manual_seed(3))
     prompts = [M.render(tok, M.to_messages(row["prompt"]), reply=True)[0] for row, in items]
-    s = M.sample(model, tok, prompts, 4, 12, generator=torch.Generator().manual_seed(3))
+    s = M.sample(model, tok, prompts, 4, 12, 0.7, generator=torch.Generator().manual_seed(3))
     assert 0 < s.ended.sum() < 8, "the sample has both kinds"
     r, total = [], 0.0
     score = []
     for i in range(8):
         real = s.ids[i][s.mask[i]].tolist()
         score.append(real[-1] / 100 + len(real))
-    ref = M.token_logps(other, s.ids, s.mask, s.answer)
+    ref = M.token_logps(other, s.ids, s.mask, s.answer, 0.7)
     for i in range(8):
         kl = sum((s.logps[i] - ref[i])[s.answer[i]].tolist())
         r.append((score[i] if s.ended[i] else min(score)) - 0.3 * kl)
@@ -252,10 +252,10 @@ def test_cai_policy_step_is_reinforce_with_a_leash(base):
 # ---- constitutions
 
 @pytest.mark.parametrize("text, line, why", [
-    ("[\n]", 1, "at least one"), ('{"id": "a", "principle": "Be good."}', 1, "list"), ("", 1, "not JSON"),
-    ('[\n {"id": "a", "principle": "Be good."},\n {"id": "b" "principle": "x"}\n]', 3, "not JSON"),
+    ("[\n]", 1, "at least one"), ('{"id": "a", "principle": "Be good."}', 1, "list"), ("", 1, "cannot be read"),
+    ('[\n {"id": "a", "principle": "Be good."},\n {"id": "b" "principle": "x"}\n]', 3, "cannot be read"),
     ('[\n {"id": "a", "principle": "Be good."},\n\n {"id": "b",\n  "principle": "Be.",\n  "weight": 2}\n]', 6,
-     'unknown field "weight"'),
+     "unknown field .weight."),
     ('[\n {"id": "a", "principle": "Mind } and ] and \\"weight\\"."},\n {"id": "b"}\n]', 3, "incomplete"),
     ('[\n {"id": "a", "principle": " "}]', 2, "incomplete"), ('["Be good."]', 1, "incomplete"),
     ('[\n\n{"id": "a", "principle": ["Be good."]}]', 3, "incomplete")])
