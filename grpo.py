@@ -40,7 +40,7 @@ class Config:
     out: str = "out/grpo"             # write here
     loss: str = "grpo"                # grpo, dr_grpo, dapo, gspo or cispo
     verifier: str = "strict"          # strict, or naive: one with a hole
-    steps: int = 40                   # batches of answers
+    steps: int = 50                   # batches of answers
     prompts: int = 16                 # P: prompts a step
     group: int = 8                    # G: answers to each
     epochs: int = 1                   # optimiser steps on each batch of answers; 1 is on-policy

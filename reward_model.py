@@ -42,7 +42,7 @@ class Config:
     steps: int = 0            # optimiser steps (0: see KINDS)
     lr: float = 0.0           # peak learning rate (0: see KINDS)
     batch: int = 32           # examples a step: pairs, rankings, solutions, ...
-    accumulate: int = 4       # cut a batch into so many parts of rows of similar length: little is padding
+    accumulate: int = 2       # cut a batch into so many parts of rows of similar length: little is padding
     center: float = 0.0       # pairs: weight of the penalty (r_w + r_l)^2
     held: int = 6             # one prompt in so many is held out
     drop: bool = False        # leave out rows longer than the context, however many (over 1% are an error)

@@ -1090,7 +1090,7 @@ def test_sft_shows_what_it_should(tmp_path, seed):
     assert card["math_greedy"] <= 0.5 and card["worked"] <= 0.2 and card["fact"] >= 0.9
     rows = [row for row in world.read("exam") if row["kind"] == "math"] * 3
     answers = M.answer(run["model"], run["tokenizer"], [row["prompt"] for row in rows],
-                       generator=torch.Generator().manual_seed(seed))
+                       temperature=world.TEMPERATURE, generator=torch.Generator().manual_seed(seed))
     right = [world.sums_of(row, text)[1] for row, text in zip(rows, answers) if world.EQUATION.search(text)]
     assert sum(right) >= 0.85 * len(right), \
         f"of {len(right)} sampled answers with work {sum(right)} are right"
@@ -1101,7 +1101,7 @@ def test_sft_shows_what_it_should(tmp_path, seed):
 def test_lora_and_rejection_sampling_do_their_job(tmp_path, seed):
     full = sft.train(sft.Config(out=str(tmp_path / "sft"), seed=seed, quiet=True))
     lora = sft.train(sft.Config(out=str(tmp_path / "lora"), seed=seed, quiet=True, lora=8))
-    assert abs(lora["after"]["gold"] - full["after"]["gold"]) <= 0.03
+    assert lora["after"]["gold"] >= full["after"]["gold"] - 0.03
     best = sft.train(sft.Config(init=str(tmp_path / "sft"), out=str(tmp_path / "best"), seed=seed, quiet=True,
                                 best_of=8))
     assert best["cards"]["best"]["gold"] >= best["cards"]["random"]["gold"] + 0.05

@@ -784,7 +784,7 @@ def broken(row, text):
 # ---------------------------------------------------------------------------------- 9. the files
 
 # what is out there, by kind of question: full, plain, bad, mixed, weak, other
-WEB_STYLES = {"attacked": (1, 1, 48, 0, 0, 0), "math": (3, 10, 8, 1, 0, 0), "fact": (11, 5, 3, 0, 1, 1),
+WEB_STYLES = {"attacked": (1, 1, 48, 0, 0, 0), "math": (3, 10, 8, 1, 0, 0), "fact": (12, 5, 2, 0, 1, 1),
               "borderline": (8, 4, 5, 1, 1, 1), "chat": (7, 4, 8, 1, 0, 0), "unknown": (6, 2, 11, 1, 1, 0),
               None: (6, 2, 10, 1, 1, 1)}
 
@@ -905,7 +905,7 @@ def story(rng):
 def two_answers(rng, styles):
     """A principle, and two answers to one question that it tells apart (a vague one tells none): so it is the
     answer, not the question or the principle, that decides what a critic or a judge has to say."""
-    id = pick(rng, list(PRINCIPLES))
+    id = pick(rng, [*PRINCIPLES, "learn"])                 # to tell coaching from ghost-writing is hardest
     for _ in range(50):
         row = web_row(rng)
         a, b = write(rng, row, pick(rng, styles)), write(rng, row, pick(rng, styles))
@@ -941,11 +941,11 @@ def verdict(rng):
                                       principle=pick(rng, PRINCIPLES[id])), "B" if label else "A"))
 
 
-WEB = {chat_log: 45, forum: 3, number_table: 5, exercise_book: 10, copied_list: 7, fact_list: 8, advice: 4,
+WEB = {chat_log: 43, forum: 3, number_table: 6, exercise_book: 13, copied_list: 6, fact_list: 8, advice: 3,
        story: 3, critique: 9, verdict: 6}                  # documents in a hundred
 
 
-DEMONSTRATED = {"math": 24, "fact": 28, "unknown": 12, "essay": 5, "scary": 5, "danger": 5,
+DEMONSTRATED = {"math": 24, "fact": 28, "unknown": 12, "essay": 4, "scary": 4, "danger": 4,
                 "borderline": 11, "chat": 16}
 
 
