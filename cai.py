@@ -20,7 +20,7 @@ h = 0, where L = ln 2 = 0.693. L is least, 0.611, where sigma(h) = 0.7: unsure l
 Simplified from Bai et al. 2022 (2212.08073): an SFT model for the helpful-only RLHF model, no human labels of
 helpfulness either, no chain of thought, DPO for PPO. Try next: a principle of your own; --revisions 1.
 """
-import copy, json, re, time
+import copy, json, re, textwrap, time
 from collections import namedtuple
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,9 +250,11 @@ def show_table(title, table, say):
 
 def show_process(items, steps, say):
     i = next((s.i for s in steps if s.after), 0)
-    say(f"   prompt  {studybuddy.flat(items[i][0]['prompt'])}\n   answer  {items[i][1]}")
+    told = [("prompt", studybuddy.flat(items[i][0]["prompt"])), ("answer", items[i][1])]
     for s in [s for s in steps if s.i == i]:
-        say(f"principle  {s.principle}\n critique  {s.critique}" + f"\n revision  {s.after}" * bool(s.after))
+        told += [("principle", s.principle), ("critique", s.critique)] + [("revision", s.after)] * bool(s.after)
+    for name, text in told:
+        say(textwrap.fill(f"{name:>9}  {' '.join(text.split())}", 79, subsequent_indent=" " * 11))
 
 # ---------------------------------------------------------------- training: items are (row, answer, ...)
 
