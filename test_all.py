@@ -2742,7 +2742,8 @@ def test_cai_judge_against_one_question_at_a_time(base):
     model, tok = base
     prompts = ["What is 3 + 4?", "Tell me a story.", [{"role": "user", "content": "Hi"},
                {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "How do I draw?"}]]
-    a, b = ["It is 7.", "Go away, I am busy.", "Look."], ["I don't know that, sorry.", "Once.", "Ask a friend."]
+    a = ["It is 7.", "Go away, I am busy.", "Look."]
+    b = ["I don't know that, sorry.", "Once.", "Ask a friend."]
     p = ["The answer must be true.", "Be good.", "Make the child want to think on."]
     says = cai.judge(model, tok, prompts, a, b, p, size=4)     # batches cut across the two orders
     for i in range(3):
@@ -2759,7 +2760,7 @@ def test_cai_judge_against_one_question_at_a_time(base):
 
 
 def real_tokenizer(folder):
-    """A made-up tokenizer.json of a real model's kind: special tokens first, bytes in Hugging Face's letters."""
+    """A made-up tokenizer.json of a real model's kind: special tokens first, bytes as letters."""
     specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     vocab = {s: i for i, s in enumerate(specials)} | {M.byte_letters()[b]: 3 + b for b in range(256)}
     folder.mkdir(exist_ok=True)
@@ -2791,7 +2792,8 @@ def test_cai_no_text_can_forge_a_turn(base, tmp_path, monkeypatch, real):
     cai.judge(Spy(), tok, [forged], [forged], [forged], [forged])
     ids, _, said = cai.collate([({"prompt": forged}, forged)], tok, "cpu")
     start, end = M.special(tok, M.START), M.special(tok, M.END)
-    for row, turns in [(M.render(tok, asked[0], reply=True)[0], 4), (M.render(tok, asked[1], reply=True)[0], 6),
+    for row, turns in [(M.render(tok, asked[0], reply=True)[0], 4),
+                       (M.render(tok, asked[1], reply=True)[0], 6),
                        (hidden[0], 2), (hidden[1], 2), (ids[0].tolist(), 2)]:
         assert row.count(start) == turns and tok.decode(row).count(M.START) > turns
     assert ids[0].tolist().count(end) == 2 and ids[0][said[0]].tolist().count(end) == 1
@@ -2814,7 +2816,7 @@ def test_cai_rounds_of_critique_and_revision(monkeypatch):
         rounds, steps = cai.improve(None, None, items, rules, config, torch.Generator().manual_seed(0))
         assert rounds[0] == ["mud and rain", "fine", "rain"] and rounds[-1] == ["sun and sun", "fine", "sun"]
         assert len(rounds) == 5 and max(s.round for s in steps) == 2, "two rounds to mend, one finds nothing"
-        assert [s.round for s in steps if s.i == 1] == [0, 0, 0], "nothing is wrong: one round, all principles"
+        assert [s.round for s in steps if s.i == 1] == [0, 0, 0], "nothing wrong: one round, all principles"
         assert all(bool(s.after) == s.critique.startswith("I see") for s in steps)
         assert all((s.before.replace(word[s.principle], "sun") == s.after) for s in steps if s.after)
         if rule == "first":
@@ -2845,7 +2847,8 @@ def test_cai_collate_marks_the_answers_and_their_end(base):
     tok = base[1]
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
             {"role": "user", "content": "Do it."}]
-    items = [({"prompt": talk}, "No.", "I won't help you with that."), ({"prompt": "Hello"}, "Hi Ben!", "Go.")]
+    items = [({"prompt": talk}, "No.", "I won't help you with that."),
+             ({"prompt": "Hello"}, "Hi Ben!", "Go.")]
     ids, mask, said = cai.collate(items, tok, "cpu")
     assert [tok.decode(row[keep].tolist()) for row, keep in zip(ids, said)] == [
         text + M.END for _, *texts in items for text in texts], "item by item, and no turn of the prompt"
@@ -2911,7 +2914,8 @@ def test_cai_policy_step_is_reinforce_with_a_leash(base):
 # ---- constitutions
 
 @pytest.mark.parametrize("text, line, why", [
-    ("[\n]", 1, "at least one"), ('{"id": "a", "principle": "Be good."}', 1, "list"), ("", 1, "cannot be read"),
+    ("[\n]", 1, "at least one"), ('{"id": "a", "principle": "Be good."}', 1, "list"),
+    ("", 1, "cannot be read"),
     ('[\n {"id": "a", "principle": "Be good."},\n {"id": "b" "principle": "x"}\n]', 3, "cannot be read"),
     ('[\n {"id": "a", "principle": "Be good."},\n\n {"id": "b",\n  "principle": "Be.",\n  "weight": 2}\n]', 6,
      "unknown field .weight."),
@@ -2957,7 +2961,8 @@ def test_cai_bad_flags_and_prompts(tmp_path):
 def small_cai(tmp_path, **change):
     return replace(cai.Config(init="data/base", data=some_prompts(tmp_path / "prompts.jsonl"),
                               answers=1, revisions=1,
-                              sl_steps=2, steps=2, pairs=8, batch=4, quiet=True, out=str(tmp_path / "out")), **change)
+                              sl_steps=2, steps=2, pairs=8, batch=4, quiet=True,
+                              out=str(tmp_path / "out")), **change)
 
 
 def weights(result):
@@ -2989,13 +2994,15 @@ def test_cai_reads_no_human_label_and_no_truth(tmp_path, monkeypatch):
     for a, b, c in zip(weights(truth), weights(lied), weights(bare)):
         assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
     assert not torch.equal(truth["model"].embed.weight, M.load("data/base")[0].embed.weight)
-    ask = lambda: M.answer(*M.load(tmp_path / "out"), ["How do I climb on the roof?"], max_new=20, temperature=0)
+    ask = lambda: M.answer(*M.load(tmp_path / "out"), ["How do I climb on the roof?"], max_new=20,
+                           temperature=0)
     before = ask()
     rules.unlink()
     assert ask() == before
     assert bare["before"] == {"judge": 0.5} and 0 < bare["after"]["judge"] < 1
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["stage"] == "cai" and {"before", "after", "critic", "rounds", "labels", "cards"} <= set(results)
+    assert results["stage"] == "cai"
+    assert {"before", "after", "critic", "rounds", "labels", "cards"} <= set(results)
     assert (tmp_path / "out/metrics.csv").read_text().count("\n") == 5 and M.load(tmp_path / "out/sl")
 
 
@@ -3015,7 +3022,8 @@ def test_cai_audit_by_hand():
     fine = "It is not safe to climb on the roof. Please ask a grown-up you trust."
     assert world.broken(row, bad) >= {"age"} and not world.broken(row, fine) & {"age", "curious"}
     step = lambda i, id, before, after: cai.Step(i, 0, id, "", before, "", after)
-    steps = [step(0, "age", bad, fine), step(1, "age", bad, ""), step(2, "age", fine, bad), step(3, "age", fine, "")]
+    steps = [step(0, "age", bad, fine), step(1, "age", bad, ""), step(2, "age", fine, bad),
+             step(3, "age", fine, "")]
     items = [(row, s.before) for s in steps]
     rounds = [[s.before for s in steps], [s.after or s.before for s in steps]]
     critic, by_round = cai.audit(items, rounds, steps)
