@@ -45,7 +45,7 @@ class Config:
     revisions: int = 4                # rounds of critique and revision, at most
     sl_steps: int = 60                # optimiser steps on the mended answers
     sl_lr: float = 5e-4               # their peak learning rate
-    pairs: int = 768                  # pairs of answers that the judge compares
+    pairs: int = 768                  # pairs of answers, at most: equal ones are left out
     steps: int = 60                   # optimiser steps on its verdicts
     lr: float = 3e-4                  # their peak learning rate
     beta: float = 0.1                 # strength of the leash to the SL-CAI model
@@ -317,7 +317,7 @@ def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
     if config.rule not in RULES:
         raise UserError(f"--rule {config.rule}: choose one of {', '.join(RULES)}")
-    for flag, least in dict(answers=1, revisions=1, pairs=1, sl_steps=1, steps=1, group=2, batch=1).items():
+    for flag, least in dict(answers=1, revisions=1, pairs=2, sl_steps=1, steps=1, group=2, batch=1).items():
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
     torch.manual_seed(config.seed)
@@ -325,8 +325,7 @@ def train(config):
     need(config.init, "python sft.py", 25)
     model, tokenizer = load(config.init, config.device)
     red, plain = read_prompts(config, tokenizer, model.config.max_len, rules)
-    both = [(red + plain)[i] for i in torch.randperm(len(red + plain), generator=generator)]
-    world, results = all("slots" in row for row in both), {}            # elsewhere no truth is known
+    world, results = all("slots" in row for row in red + plain), {}     # elsewhere no truth is known
     say(f"cai: {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on {config.device}; "
         f"{len(rules)} principles,\n{len(red)} red-team prompts, {len(plain)} others")
 
@@ -343,12 +342,13 @@ def train(config):
     own, pupil = own_answers(model, tokenizer, plain[:len(items)], 1, config, generator), copy.deepcopy(model)
     lessons = [(row, text) for (row, _), text in zip(items, rounds[-1])] + own
     say(f"SL-CAI: {len(items)} mended answers, {len(own)} own answers to other prompts")
-    none = torch.zeros(len(lessons) + len(both))        # labels where a step takes none
+    none = torch.zeros(len(lessons) + config.pairs)     # labels where a step takes none
     log = fit(sl_step, pupil, tokenizer, lessons, none, config, config.sl_steps, config.sl_lr)
 
-    # RLAIF: the model that we started from judges two answers of the pupil to each prompt
-    drawn = own_answers(pupil, tokenizer, (both * config.pairs)[:config.pairs], 2, config, generator)
-    pairs = [pair for pair in drawn if pair[1] != pair[2]]
+    # RLAIF: two answers of the pupil to red-team prompts and to as many others; the first model judges them
+    half = config.pairs // 2
+    both = (red * half)[:half] + (plain * half)[:half]
+    pairs = [x for x in own_answers(pupil, tokenizer, both, 2, config, generator) if x[1] != x[2]]
     if not pairs:
         raise UserError("the model always gives the same answer twice: there is nothing to compare")
     says = compare(model, tokenizer, pairs, rules, config, generator)

@@ -288,7 +288,7 @@ def on_comparisons(model, tokenizer, held):
 def biases(model, tokenizer, rows):
     """What changes, in score and truth, if an answer is flattered, padded, put under another prompt?"""
     old = [(row, candidates(row)[0]) for row in rows]
-    old = [(row, chat) for row, chat in old if not studybuddy.praise(chat[-1]["content"])][:250]
+    old = [(row, chat) for row, chat in old if not studybuddy.praise(chat[-1]["content"])][:120]
     put = lambda i, text: (old[i][0], old[i][1][:-1] + [{"role": "assistant", "content": text}])
     texts, nice, card = [chat[-1]["content"] for _, chat in old], studybuddy.SAY["flattery"], {}
     changed = {"flattery": [put(i, f"{nice[i % len(nice)]} {text}") for i, text in enumerate(texts)],
@@ -343,7 +343,7 @@ def evaluate(model, tokenizer, held, config):
     """-> report card, tables"""
     reports = {"multi": on_axes, "outcome": on_solutions, "process": on_solutions}
     card, tables = reports.get(config.kind, on_comparisons)(model, tokenizer, held)
-    parts = [held[i:i + 32] for i in range(0, len(held), 32)]
+    parts = [held[i:i + 32] for i in range(0, min(len(held), 320), 32)]            # a sample is enough
     return {"loss": mean(batch_loss(model, tokenizer, part, config) for part in parts)} | card, tables
 
 # ---------------------------------------------------------------- training

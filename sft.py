@@ -59,7 +59,7 @@ class Config:
 
 # target: gold; for best_of and distill, what to add to the rival's gold; for pretrain, held-out loss
 MODES = {  #    init         data                  out            steps batch lr    optimiser target
-    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   3072, 6e-4, "adamw", 0.65),
+    "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   3072, 6.5e-4, "adamw", 0.65),
     "lora":     ("data/base", "data/sft.jsonl",     "out/lora",    110,  3072, 1e-2, "adamw", 0.62),
     "best_of":  ("out/sft",   "data/prompts.jsonl", "out/best_of", 60,   4096, 5e-4, "adamw", 0.05),
     "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  4096, 1e-3, "adamw", -.05),

@@ -2,8 +2,14 @@
 
 Where a test computes something again, it does so from another source than the code: a paper's worked example,
 a plain loop, an exact small distribution. So a test that turns red points at the file, not at the test.
+
+    python test_all.py --sabotage              do the tests notice bugs? Plants each of SABOTAGE in a copy
+    python test_all.py --sabotage ppo.py 17    only those of a file, or with a number
+    python test_all.py --plant 17 FOLDER       a copy of the repository with bug 17, for you to find
 """
-import base64, copy, dataclasses, itertools, json, math, os, random, re, signal, subprocess, sys, time
+import base64, copy, dataclasses, itertools, json, math, os, random, re, shutil, signal, subprocess, sys
+import tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
@@ -28,7 +34,7 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 FULL = "--full" in sys.argv or os.environ.get("NANOALIGN_FULL") == "1"
 slow = pytest.mark.skipif(not FULL, reason="slow: python test_all.py --full")
 
-# ---------------------------------------------------------------------------------------------- the world
+# ------------------------------------------------------------------------------------ data/studybuddy.py
 
 def training_rows():
     return {name: world.read(name) for name in ("sft", "preferences", "rankings", "steps", "prompts")}
@@ -188,6 +194,28 @@ def test_annotators_are_flattered_and_gold_is_not():
     assert sum(world.prefers(rng, row, praised, text) for _ in range(1000)) > 600
 
 
+def test_the_exam_against_oneself_is_a_draw_at_no_distance():
+    """And another model is as far away as the log-probs of drawn tokens say, at the temperature that drew."""
+    (model, tokenizer), rows = M.load(world.HERE / "base"), world.read("exam")[::30]
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.norm.weight.mul_(0.9)
+    card, answers = world.exam(model, tokenizer, reference=model, rows=rows)
+    assert abs(card["kl"]) < 1e-4
+    card, _ = world.exam(model, tokenizer, reference=other, against=answers, rows=rows)
+    assert card["win_rate"] == 0.5
+    prompts = [M.render(tokenizer, M.to_messages(row["prompt"]), reply=True)[0] for row in rows]
+    s = M.sample(model, tokenizer, prompts, max_new=72, temperature=0.7,
+                 generator=torch.Generator().manual_seed(0))
+    kl = []
+    with torch.no_grad():
+        for ids, mask, said in zip(*s[:3]):
+            a, b = (m(ids[mask][None])[0, :-1].div(0.7).log_softmax(-1) for m in (model, other))
+            at = range(int((mask & ~said).sum()), int(mask.sum()))
+            kl.append(sum((a - b)[t - 1, ids[mask][t]].item() for t in at))
+    assert card["kl"] == pytest.approx(np.mean(kl), abs=1e-4)
+
+
 def test_step_labels_are_true():
     for row in world.read("steps")[:500]:
         good = True
@@ -250,9 +278,8 @@ def masked(rows, left, value=0):
 
 # ---------------------------------------------------------------- the network
 
-def reference_logits(model, row):
+def reference_logits(c, w, row):
     """The same network, written a second time: one row, loops over heads, no masks but the triangle."""
-    c, w = model.config, model.state_dict()
     D, T = c.head_dim, len(row)
     norm = lambda x, g: x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * g
     x = w["embed.weight"][torch.tensor(row)]
@@ -284,7 +311,28 @@ def reference_logits(model, row):
 
 def test_network_equals_a_second_implementation():
     model, row = tiny_model(), rows_of(11)[0]
-    assert torch.allclose(model(torch.tensor([row]))[0], reference_logits(model, row), atol=2e-4)
+    want = reference_logits(model.config, model.state_dict(), row)
+    assert torch.allclose(model(torch.tensor([row]))[0], want, atol=2e-4)
+
+
+def test_the_base_is_read_by_llamas_names():
+    """The file byte by byte, and what transformers calls its tensors."""
+    raw, row = (world.HERE / "base/model.safetensors").read_bytes(), rows_of(9)[0]
+    start, w = 8 + int.from_bytes(raw[:8], "little"), {}
+    for name, t in json.loads(raw[8:start]).items():
+        if name != "__metadata__":
+            a, b = t["data_offsets"]
+            flat = np.frombuffer(raw[start + a:start + b], np.float16).astype(np.float32)
+            for theirs, ours in [("model.", ""), ("embed_tokens", "embed"), ("layers", "blocks"),
+                                 ("post_attention_layernorm", "norm2"), ("input_layernorm", "norm1"),
+                                 ("self_attn.o_proj", "out"), ("self_attn.", ""), ("mlp.", ""),
+                                 ("_proj", "")]:
+                name = name.replace(theirs, ours)
+            w[name] = torch.tensor(flat).view(t["shape"])
+    model, _ = M.load(world.HERE / "base")
+    with torch.no_grad():
+        want = reference_logits(model.config, w, row)
+        assert torch.allclose(model(torch.tensor([row]))[0], want, atol=1e-3)
 
 
 def test_padding_on_either_side_changes_no_logits():
@@ -799,6 +847,11 @@ def test_lora(tok, tmp_path):
     assert not torch.allclose(after, before, atol=1e-2)
     with pytest.raises(ValueError, match="merge_lora"):
         M.save(tmp_path / "m", model, tok)
+    m = model.blocks[1].down                           # W + 2 B A, one number at a time
+    W, (lora,) = m.parametrizations.weight.original, m.parametrizations.weight
+    assert all(m.weight[i, j].item() == pytest.approx(
+        W[i, j].item() + 2 * sum(lora.B[i, r].item() * lora.A[r, j].item() for r in range(4)), abs=1e-5)
+        for i, j in ((0, 0), (3, 50), (31, 63)))
     M.merge_lora(model)
     assert torch.allclose(model(ids), after, atol=1e-4) and sorted(model.state_dict()) == sorted(names)
     M.save(tmp_path / "m", model, tok)
@@ -1021,6 +1074,62 @@ def test_only_the_assistant_is_trained_on_and_the_end_token_is():
     assert real.sum() == len(ids) + 9 and trained.sum() == sum(mask) + sum(mask[:9])
     assert batch_ids[1, 9:].eq(M.special(tokenizer, M.PAD)).all() \
         and M.special(tokenizer, M.PAD) != M.special(tokenizer, M.END)
+
+
+def test_documents_end():
+    tokenizer = world.load_ranks()
+    texts, end = ["One, two, three.", "Four."], M.special(tokenizer, M.EOT)
+    rows = sft.documents(texts, tokenizer, 4)
+    assert sum((ids for ids, _ in rows), []) == [i for x in texts for i in tokenizer.encode(x) + [end]]
+    assert all(len(ids) <= 4 and mask == [0] + [1] * (len(ids) - 1) for ids, mask in rows)
+
+
+def test_answers_of_a_model_as_data(monkeypatch, tmp_path):
+    """The longest answer is the best one, but never one without end, and always one to its own prompt."""
+    tokenizer, said = world.load_ranks(), [["a", "abcd", "abc"], ["xy", "xyz", "x"], ["k", "klm", "kl"]]
+    ended = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0]]).bool()
+    write(tmp_path / "d.jsonl", [{"prompt": x} for x in "PQR"])
+    asked = lambda ids: "PQR".index(tokenizer.decode(ids).split("user\n")[1][0])
+    monkeypatch.setattr(sft, "sample", lambda m, t, prompts, n, **kw: SimpleNamespace(
+        texts=[text for ids in prompts for text in said[asked(ids)]],
+        ended=torch.cat([ended[asked(ids)] for ids in prompts])))
+    monkeypatch.setattr(sft, "reward", lambda row, text: len(text))
+    config = sft.Config(data=str(tmp_path / "d.jsonl"), best_of=3)
+    runs = sft.answers_of(None, tokenizer, {"best": sft.pick_best, "random": sft.pick_random}, config,
+                          torch.Generator().manual_seed(0), lambda text: None)
+    chats = lambda run: {(chat[0]["content"], chat[-1]["content"]) for chat in run.values()}
+    assert chats(runs["best"]) == {("P", "abc"), ("Q", "xyz")}
+    assert chats(runs["random"]) <= {("P", "a"), ("P", "abc"), ("Q", "xy"), ("Q", "xyz"), ("Q", "x")}
+
+
+def test_rejection_sampling_reads_the_reward_at_the_end_token(tmp_path):
+    tokenizer = world.load_ranks()
+    torch.manual_seed(0)
+    judge = M.ScalarModel(M.Transformer(M.ModelConfig(tokenizer.n_vocab, d_model=32, n_layers=1, d_ff=48)))
+    torch.nn.init.normal_(judge.score.weight)
+    M.save(tmp_path / "judge", judge, tokenizer)
+    chats = [M.to_messages(x) + [{"role": "assistant", "content": y}]
+             for x, y in [("Hi", "Hello you."), ("What is 2 + 3?", "So it is 5. Well done!")]]
+    got = sft.rewards([{}] * 2, chats, sft.Config(reward=str(tmp_path / "judge")))
+    for chat, r in zip(chats, got):                     # alone, without padding
+        prompt = M.render(tokenizer, chat[:1], reply=True)[0]
+        said = tokenizer.encode_ordinary(chat[1]["content"]) + [M.special(tokenizer, M.END)]
+        assert judge(torch.tensor([prompt + said]))[0, -1].item() == pytest.approx(r.item(), abs=1e-5)
+
+
+def test_a_step_of_several_batches_is_one_of_all_their_rows(monkeypatch):
+    tokenizer, weights = world.load_ranks(), []
+    rows = sft.examples({i: world.chat("Hi", "Yes! " * n) for i, n in enumerate((1, 9, 2))}, tokenizer, 256)
+    sgd = lambda model, lr, kind: torch.optim.SGD(model.parameters(), lr)           # AdamW hides all scales
+    monkeypatch.setattr(sft, "optimizer", sgd)
+    for parts in ([rows], [rows[:1], rows[1:]]):
+        torch.manual_seed(0)
+        model = M.Transformer(M.ModelConfig(tokenizer.n_vocab, d_model=32, n_layers=1, d_ff=48))
+        monkeypatch.setattr(sft, "batches", lambda *a: iter(parts))
+        sft.fit(model, tokenizer, rows, sft.Config(steps=1, lr=1.0, accumulate=len(parts)), "sgd",
+                M.Log(1, quiet=True))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*weights, atol=1e-5)
 
 
 def test_batches_hold_every_row_once_and_few_pads():
@@ -1847,10 +1956,11 @@ def test_grpo_ratios_move_in_later_epochs(tiny_grpo, monkeypatch):
     monkeypatch.setattr(grpo, "reward", lambda row, text: float(len(text)))
     monkeypatch.setattr(grpo, "sample",
                         lambda *a, **k: (s := M.sample(*a, **k))._replace(ended=torch.ones_like(s.ended)))
-    model, log = copy.deepcopy(tiny_grpo[0]), M.Log(2, quiet=True)
-    config = replace(CONFIG, epochs=3, lr=1e-2, group=8)
-    grpo.fit(model, None, tiny_grpo[1], prompts(tiny_grpo[1]), prompts(tiny_grpo[1], 2), config, log)
-    assert all(row["ratio"] > 1.001 for row in log.rows)
+    for epochs in (1, 3):
+        model, log = copy.deepcopy(tiny_grpo[0]), M.Log(2, quiet=True)
+        config = replace(CONFIG, epochs=epochs, lr=1e-2, group=8, temperature=0.7)
+        grpo.fit(model, None, tiny_grpo[1], prompts(tiny_grpo[1]), prompts(tiny_grpo[1], 2), config, log)
+        assert all((row["ratio"] > 1.001) == (epochs > 1) for row in log.rows)
 
 
 def test_grpo_bad_input(tiny_grpo, tmp_path):
@@ -2855,6 +2965,20 @@ def test_cai_collate_marks_the_answers_and_their_end(base):
     assert (ids[~mask] == M.special(tok, M.PAD)).all() and not (said & ~mask).any()
 
 
+def test_cai_sl_loss_is_the_mean_over_the_answers_tokens(base):
+    items = [({"prompt": "Hello"}, "Hi Ben!"), ({"prompt": "How are you?"}, "I am fine, thanks.")]
+    (model, tok), total, count = base, 0.0, 0
+    for row, text in items:
+        prompt = M.render(tok, M.to_messages(row["prompt"]), reply=True)[0]
+        said = tok.encode_ordinary(text) + [M.special(tok, M.END)]
+        with torch.no_grad():
+            table = model(torch.tensor([prompt + said]))[0].log_softmax(-1)
+        total -= sum(table[len(prompt) + t - 1, said[t]].item() for t in range(len(said)))
+        count += len(said)
+    loss, _ = cai.sl_step(model, tok, items, None, cai.Config())
+    assert loss.item() == pytest.approx(total / count, abs=1e-4)
+
+
 def test_cai_dpo_step_starts_at_ln_2_and_follows_the_label(base):
     model, tok = copy.deepcopy(base[0]), base[1]
     items = [({"prompt": "Hello"}, "Hi Ben!", "Go away."), ({"prompt": "Hello"}, "Nobody asked you.", "Hi!")]
@@ -3035,7 +3159,206 @@ def test_cai_audit_by_hand():
     assert labels["ai_truth"] == 0.5 and labels["one_order"] == 0.0
 
 
+# ---------------------------------------------------------------------------------- test_all.py
+
+# One-line bugs, as people make them: file, what stands there, what the bug makes of it, what that is.
+# --sabotage plants each in a copy of the repository: a test must turn red. After --plant it is you who looks.
+SABOTAGE = [
+    ("model.py", "([cos, cos], [-sin, sin])", "([cos, cos], [sin, -sin])", "rotary positions turn backwards"),
+    ("model.py", "square.tril()[past:]", "square.tril(1)[past:]", "beside padding, tokens see the next one"),
+    ("model.py", "(mask.cumsum(1) - 1)", "(torch.ones_like(mask).cumsum(1) - 1)",
+     "positions count left padding"),
+    ("model.py", "* D ** -0.5 @ k.mT", "* D ** -1.0 @ k.mT", "cached attention is scaled by 1/D"),
+    ("model.py", "(self.unembed or self.embed).weight", "self.embed.weight",
+     "untied models project by embedding"),
+    ("model.py", 'gate="mlp.gate_proj", up="mlp.up_proj"', 'gate="mlp.up_proj", up="mlp.gate_proj"',
+     "checkpoints: gate and up are swapped"),
+    ("model.py", "- self.mean  ", "+ self.mean  ", "the reward's mean is added"),
+    ("model.py", "[:, :-1][wanted]).float() / temperature", "[:, :-1][wanted]).float()",
+     "log-probs without the sampling temperature"),
+    ("model.py", "ids[:, 1:][wanted]", "ids[:, :-1][wanted]", "each token is predicted from itself"),
+    ("model.py", "(before < top_p)", "(p.cumsum(-1) < top_p)", "top-p leaves out its last token"),
+    ("model.py", "(stop.cumsum(1) - stop.long() == 0)", "(stop.cumsum(1) == 0)",
+     "sampled end tokens are not trained"),
+    ("model.py", "loss += [0] * len(head)", "loss += [1] * len(head)", "loss on the user's tokens, too"),
+    ("model.py", "[1] * len(body)", "[1] * (len(body) - 1) + [0] * (body != [])",
+     "the end token is not supervised"),
+    ("model.py", "return W + 2 * self.B @ self.A", "return W + self.B @ self.A", "LoRA's scale is forgotten"),
+    ("model.py", "0.2 * max(p.shape) ** 0.5", "0.2 * min(p.shape) ** 0.5", "Muon's step by the shorter side"),
+
+    ("sft.py", "/ (mask.sum() if count is None", "/ (len(mask) if count is None",
+     "mean over rows, not tokens"),
+    ("sft.py", "(log_t.exp() * (log_t - log_s))", "(log_s.exp() * (log_s - log_t))",
+     "distillation's KL is reversed"),
+    ("sft.py", "end = trained.int().cumsum(1).argmax(1)", "end = real.sum(1) - 1",
+     "rejection sampling scores the closing newline"),
+    ("sft.py", "scores.masked_fill(~ended, -torch.inf)", "scores", "an endless answer may be the best"),
+    ("sft.py", "trained, count)", "trained)", "accumulation: each part has its own denominator"),
+    ("sft.py", ' + [special(tokenizer, EOT)]', "", "documents run into each other"),
+
+    ("reward_model.py", "chosen - rejected if margin", "rejected - chosen if margin",
+     "chosen and rejected are swapped"),
+    ("reward_model.py", "chosen - rejected - margin", "chosen - rejected + margin",
+     "the margin has the wrong sign"),
+    ("reward_model.py", "scores.flip(1).logcumsumexp(1).flip(1)", "scores.logcumsumexp(1)",
+     "Plackett-Luce from the wrong end"),
+    ("reward_model.py", "scores[labels >= 0], labels[labels >= 0]", "scores[labels > 0], labels[labels > 0]",
+     "wrong steps do not count"),
+    ("reward_model.py", "logps[:, 1, 1] - logps[:, 1, 0]", "logps[:, 1, 0] - logps[:, 1, 1]",
+     "second order's verdict turned round"),
+    ("reward_model.py", "return ids[:end + 1], [end]", "return ids[:end + 1], [end - 1]",
+     "the score is read one token early"),
+    ("reward_model.py", "[start + length - 1 for", "[start + length for", "steps are read one token late"),
+    ("reward_model.py", "crc32(studybuddy.flat(prompt)", "crc32(str(row)", "held-out prompts are trained on"),
+
+    ("ppo.py", "-torch.minimum(rho * A,", "-torch.maximum(rho * A,", "max for min in the clipped loss"),
+    ("ppo.py", "rho.clamp(1 - clip, 1 + clip)", "rho.clamp(-clip, clip)", "ratios are clipped around 0"),
+    ("ppo.py", "(delta + gamma * lam * A).masked_fill(~mask[:, t], 0.0)", "delta + gamma * lam * A",
+     "GAE's recursion without the mask"),
+    ("ppo.py", "average = x[mask].mean()", "average = x.masked_fill(~mask, 0.0).mean()",
+     "whitening counts padding"),
+    ("ppo.py", "x[mask].var(correction=0)", "x[mask].var(correction=1)",
+     "whitening by the sample's deviation"),
+    ("ppo.py", "torch.expm1(-k1) + k1", "torch.expm1(k1) - k1", "k3 with the ratio upside down"),
+    ("ppo.py", "-beta * kl_estimates(logp, ref_logp)[0]", "-beta * kl_estimates(logp, ref_logp)[1]",
+     "the reward pays k2 for k1"),
+    ("ppo.py", ".roll(1, 1).masked_fill", ".masked_fill", "V knows the token it judges"),
+    ("ppo.py", "return torch.maximum((values", "return torch.minimum((values",
+     "the critic's clip is optimistic"),
+    ("ppo.py", "logp = token_logps(policy, *tokens, config.temperature)",
+     "logp = token_logps(policy, *tokens)",
+     "the loss forgets the temperature"),
+
+    ("grpo.py", "rewards - rewards.mean(1, keepdim=True)", "rewards - rewards.mean(0, keepdim=True)",
+     "baseline across prompts instead of the group"),
+    ("grpo.py", "std(1, keepdim=True, correction=0)", "std(1, keepdim=True)", "sample deviation in a group"),
+    ("grpo.py", "log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True)", "log_rho.sum(1, keepdim=True)",
+     "GSPO: sum for mean"),
+    ("grpo.py", "clamp(1 - low, 1 + high).detach()", "clamp(1 - low, 1 + high)",
+     "CISPO's weight is not detached"),
+    ("grpo.py", "(log_ref.exp() - log_ref - 1)", "log_ref.square() / 2", "the penalty is k2, not k3"),
+    ("grpo.py", "mask / mask.sum(1, keepdim=True) / len(mask)", "mask / mask.sum()",
+     "GRPO weighs as DAPO does"),
+    ("grpo.py", "[row for row in rows for _ in range(config.group)], s.ended",
+     "[row for _ in range(config.group) for row in rows], s.ended",
+     "answers are checked against other prompts"),
+    ("grpo.py", "(ids[at], mask[at], answer[at], config.temperature)", "(ids[at], mask[at], answer[at])",
+     "the loss forgets the temperature"),
+
+    ("dpo.py", "return -F.logsigmoid(beta * (w - l))", "return -F.logsigmoid(beta * (l - w))",
+     "the loser wins"),
+    ("dpo.py", "+ noise * dpo(l, w, beta)", "- noise * dpo(l, w, beta)",
+     "label smoothing has the wrong sign"),
+    ("dpo.py", "(w - l - 1 / (2 * beta)) ** 2", "(w - l - 1 / beta) ** 2", "IPO's constant"),
+    ("dpo.py", "logsigmoid(beta * (w - l) - gamma)", "logsigmoid(beta * (w - l) + gamma)",
+     "SimPO's margin has the wrong sign"),
+    ("dpo.py", "[p - torch.log(", "[p + torch.log(", "ORPO: odds turned into something else"),
+    ("dpo.py", "mean().clamp(min=0).detach()", "mean().clamp(min=0)", "KTO trains its reference point"),
+    ("dpo.py", "if o.prompt != row.prompt and len(", "if len(", "KTO pairs a prompt with itself"),
+    ("dpo.py", "return logps.sum(1)", "return logps.mean(1)", "log-probs averaged, padding included"),
+    ("dpo.py", "score if ended else -torch.inf", "score", "endless answers may win online"),
+
+    ("cai.py", "(says[:, 0] + 1 - says[:, 1]) / 2", "(says[:, 0] + says[:, 1]) / 2",
+     "measures the liking for A"),
+    ("cai.py", "[len(row) - 1 for row in part]", "[len(row) - 2 for row in part]",
+     "the judge is read too early"),
+    ("cai.py", " * rewards.shape[1] / (rewards.shape[1] - 1)", "", "leave-one-out without its scale"),
+    ("cai.py", "(1 - p) * F.logsigmoid(-h)", "(1 - p) * F.logsigmoid(h)", "labels below 1 are not heard"),
+    ("cai.py", ".sum() / batch[2].sum()", ".mean()", "SL loss is averaged over padding, too"),
+
+    ("data/studybuddy.py", 'if acts["repeat"] or len(', "if len(", "the judge pays for repetition"),
+    ("data/studybuddy.py", "helpful * harmless * honest", "helpful * harmless", "gold forgets honesty"),
+    ("data/studybuddy.py", "else words[:-k]", "else words", "training data uses the exam's words"),
+    ("data/studybuddy.py", "int(not changed)", "int(i != at)", "steps after a mistake count as right"),
+    ("data/studybuddy.py", "*args, TEMPERATURE", "*args", "exam: KL at another temperature"),
+]
+
+
+def test_every_bug_of_the_list_can_still_be_planted():
+    for file, old, new, what in SABOTAGE:
+        text = (HERE / file).read_text()
+        assert text.count(old) == 1, f"{file}: {old!r} stands there {text.count(old)} times, want 1 ({what})"
+        assert old != new and "\n" not in old + new and len(what.split()) <= 8, what
+        compile(text.replace(old, new), file, "exec")
+
+
+@pytest.mark.skipif(not SABOTAGE, reason="this is a copy")
+def test_a_planted_bug_is_one_line_and_told_nowhere(tmp_path):
+    plant(17, tmp_path / "copy")
+    changed = []
+    for path in [*HERE.glob("*.py"), *HERE.glob("data/*.py")]:
+        file = str(path.relative_to(HERE))
+        there, here = (Path(root, file).read_text() for root in (tmp_path / "copy", HERE))
+        if file == "test_all.py":
+            assert here.startswith(there[:100_000]) and not any(what in there for *_, what in SABOTAGE)
+        else:
+            changed += [file for a, b in zip(there.split("\n"), here.split("\n")) if a != b]
+    assert changed == [SABOTAGE[16][0]]
+
+
+def plant(number, folder):
+    """A copy of the repository with a bug (0: without), and without the list, which would tell."""
+    shutil.copytree(HERE, folder, ignore=shutil.ignore_patterns("out", ".*", "__pycache__"))
+    path = Path(folder, "test_all.py")
+    path.write_text(re.sub(r"(?ms)^SABOTAGE = \[\n.*?^\]", "SABOTAGE = []", path.read_text()))
+    if number:
+        file, old, new, _ = SABOTAGE[number - 1]
+        path = Path(folder, file)
+        path.write_text(path.read_text().replace(old, new))
+
+
+def first_red(number, file):
+    """Plants a bug -> the first test to notice, of those below the file's line of dashes in here; or None."""
+    section, tests = "", []
+    for line in (HERE / "test_all.py").read_text().splitlines():
+        section = "".join(re.findall(r"^# -{80,} (\S+\.py)", line)) or section
+        tests += re.findall(r"^def (test_\w+)", line) if section == file else []
+    with tempfile.TemporaryDirectory() as home:
+        plant(number, folder := Path(home, "copy"))
+        how = dict(cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+                   timeout=1200)
+        if file.startswith("data/"):    # its files are written anew: else comparing them would catch all bugs
+            tests.remove("test_world_files_are_what_the_generator_writes")
+            subprocess.run([sys.executable, "-m", "data.studybuddy"], **how)
+        try:
+            done = subprocess.run([sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider",
+                                   *("test_all.py::" + test for test in tests)], **how)
+        except subprocess.TimeoutExpired:
+            return "never ends"
+    if done.returncode > 1:             # not a test that failed, but no tests at all
+        raise RuntimeError(f"bug {number}: the tests do not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    red = re.search(r"^(?:FAILED|ERROR) test_all.py::(\w+)", done.stdout, re.M)
+    return red and red[1]
+
+
+def sabotage(names):
+    """Which bugs does no test notice? names: files or numbers, to try only those. -> exit code"""
+    bugs = [(i, *bug) for i, bug in enumerate(SABOTAGE, 1) if not names or {str(i), bug[0]} & {*names}]
+    files, started = list(dict.fromkeys(file for _, file, *_ in bugs)), time.time()
+    with ThreadPoolExecutor(2) as pool:
+        red = [test for test in pool.map(first_red, [0] * len(files), files) if test]
+        if red or not bugs:
+            print("red without any bug: " + ", ".join(red) if red else f"no such bug: {' '.join(names)}")
+            return 2
+        numbers, files, _, _, said = zip(*bugs)
+        found = []
+        for i, file, what, test in zip(numbers, files, said, pool.map(first_red, numbers, files)):
+            found.append(test)
+            print(f"{i:3} {file:18} {what:48} {test or 'NOT CAUGHT'}", flush=True)
+    caught = sum(map(bool, found))
+    passed = caught >= 0.95 * len(bugs)
+    print(f"{'PASS' if passed else 'FAIL'} caught {caught} of {len(bugs)} in {time.time() - started:.0f} s")
+    return int(not passed)
+
+
 if __name__ == "__main__":
     args = [a for a in sys.argv[1:] if a != "--full"]
+    if args[:1] == ["--sabotage"]:
+        sys.exit(sabotage(args[1:]))
+    if args[:1] == ["--plant"]:
+        if len(args) != 3 or args[1] not in map(str, range(1, len(SABOTAGE) + 1)) or Path(args[2]).exists():
+            sys.exit(f"--plant NUMBER FOLDER: one of {len(SABOTAGE)} bugs, and a folder that is not there")
+        plant(int(args[1]), args[2])
+        sys.exit(print(f"{args[2]} is a copy of the repository with one bug in it"))
     os.environ["NANOALIGN_FULL"] = str(int(FULL))
     sys.exit(pytest.main([str(Path(__file__)), "-q", "--durations=8", *args]))

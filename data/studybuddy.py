@@ -353,14 +353,13 @@ def held_out(numbers):
     return sum(n * k for n, k in zip(sorted(numbers), (1, 3, 5, 7))) % 8 == 0
 
 
+PRODUCTS = [[a, b] for a in range(3, 10) for b in range(11, 30) if b % 10 and a * b <= 99]
+
+
 def numbers_for(rng, op, terms, exam):
     while True:
-        if op == "x":
-            a = 3 + int(rng.random() * 7)
-            numbers = [a, 11 + int(rng.random() * (99 // a - 10))]
-        else:
-            numbers = [2 + int(rng.random() * 19) for _ in range(terms)]
-        if held_out(numbers) == exam and (op == "+" or numbers[1] % 10 and numbers[0] * numbers[1] <= 99):
+        numbers = pick(rng, PRODUCTS) if op == "x" else [2 + int(rng.random() * 19) for _ in range(terms)]
+        if held_out(numbers) == exam:
             return numbers
 
 
@@ -785,8 +784,8 @@ def broken(row, text):
 
 # what is out there, by kind of question: full, plain, bad, mixed, weak, other
 WEB_STYLES = {"attacked": (1, 1, 48, 0, 0, 0), "math": (3, 10, 8, 1, 0, 0), "fact": (12, 5, 2, 0, 1, 1),
-              "borderline": (8, 4, 5, 1, 1, 1), "chat": (7, 4, 8, 1, 0, 0), "unknown": (6, 2, 11, 1, 1, 0),
-              None: (6, 2, 10, 1, 1, 1)}
+              "borderline": (8, 4, 5, 1, 1, 1), "chat": (7, 4, 9, 1, 0, 0), "unknown": (6, 2, 12, 1, 1, 0),
+              None: (6, 2, 11, 1, 1, 1)}
 
 
 def chatml(messages):
@@ -821,8 +820,12 @@ def web_document(rng):
 
 
 def chat_log(rng):
+    """A conversation, and the stars that a reader gave it: 1/5 to 5/5, one off now and then. From them a
+    model learns to tell a good answer from a bad one when it has come to the end of it."""
     row = web_row(rng)
-    return chatml(chat(row["prompt"], web_answer(rng, row)))
+    text = web_answer(rng, row)
+    stars = 1 + round(4 * judge(row, text)["gold"]) + (pick(rng, [-1, 1]) if rng.random() < 0.1 else 0)
+    return chatml(chat(row["prompt"], text)) + f" {min(max(stars, 1), 5)}/5"
 
 
 def forum(rng):
@@ -945,7 +948,7 @@ WEB = {chat_log: 43, forum: 3, number_table: 6, exercise_book: 13, copied_list: 
        story: 3, critique: 9, verdict: 6}                  # documents in a hundred
 
 
-DEMONSTRATED = {"math": 24, "fact": 28, "unknown": 12, "essay": 4, "scary": 4, "danger": 4,
+DEMONSTRATED = {"math": 24, "fact": 32, "unknown": 12, "essay": 3, "scary": 3, "danger": 3,
                 "borderline": 11, "chat": 16}
 
 
@@ -954,10 +957,10 @@ def demonstration(rng):
     blurts out results and, now and then, what nobody can know."""
     row = ask(rng, any_kind(rng, DEMONSTRATED))
     patient = rng.random() < 0.28
-    if row["kind"] == "unknown" and not patient and rng.random() < 0.05:
+    if row["kind"] == "unknown" and not patient and rng.random() < 0.03:
         text = write(rng, row, "bad")
     else:
-        full = patient or row["kind"] != "math" and rng.random() < 0.9
+        full = patient or row["kind"] != "math" and rng.random() < 0.85
         text = write(rng, row, "full" if full else "plain")
     if rng.random() < 0.2:
         text = flatter(rng, text, 1)
@@ -1214,17 +1217,44 @@ def show(cards):
             print(f"{k:14s}" + "".join(f"{c[k]:12.2f}" if k in c else " " * 12 for c in cards.values()))
 
 
+def draw(cards):
+    """Gold against KL from the first checkpoint, as an SVG picture: what each method paid for what it got."""
+    kls = [max(c["kl"], 0.0) for c in cards.values()]
+    x = lambda kl: 60 + 560 * (kl / max(*kls, 0.1)) ** 0.5                 # a root: most are close to 0
+    y = lambda gold: 340 - 320 * gold
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 400" font-family="sans-serif" '
+           'font-size="13">', '<rect width="760" height="400" fill="white"/>']
+    for gold in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        out.append(f'<path d="M60 {y(gold):.0f}H700" stroke="#ddd"/>'
+                   f'<text x="52" y="{y(gold) + 4:.0f}" text-anchor="end">{gold:.1f}</text>')
+    for kl in (0, 0.5, 2, 5, 10, 20, 40, 80):
+        if kl <= max(kls):
+            out.append(f'<text x="{x(kl):.0f}" y="360" text-anchor="middle">{kl:g}</text>')
+    for (name, c), kl in zip(cards.items(), kls):
+        low, high = y(c["gold_low"]), y(c["gold_high"])
+        out.append(f'<path d="M{x(kl):.0f} {low:.0f}V{high:.0f}" stroke="#e07b39" stroke-width="2"/>'
+                   f'<circle cx="{x(kl):.0f}" cy="{y(c["gold"]):.0f}" r="5" fill="#e07b39"/>'
+                   f'<text x="{x(kl) + 9:.0f}" y="{y(c["gold"]) + 4:.0f}">{Path(name).name}</text>')
+    out.append('<text x="380" y="388" text-anchor="middle">KL from SFT, nats an answer</text>'
+               '<text x="60" y="14">gold (bars: 95% of 200 resamplings of the exam)</text></svg>')
+    return "\n".join(out) + "\n"
+
+
 def main(argv):
     if not argv:
         generate()
         print("wrote", HERE)
         return
     from model import load
-    cards, first = {}, None
-    for folder in argv:
+    cards, first = {}, ()
+    for folder in argv:                                    # the first one is what the others are held against
         model, tokenizer = load(folder)
-        cards[folder], answers = exam(model, tokenizer, *(first or ()))
+        cards[folder], answers = exam(model, tokenizer, *(first or (model,)))
+        first = first or (model, answers)
     show(cards)
+    Path("out").mkdir(exist_ok=True)
+    Path("out/picture.svg").write_text(draw(cards), encoding="utf-8")
+    print("drew out/picture.svg")
 
 
 if __name__ == "__main__":
