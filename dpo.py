@@ -13,7 +13,7 @@ and 0.223, their difference 0.182; at beta 0.1 the loss is 0.684, below ln 2 = 0
     python dpo.py                   out/sft -> out/dpo on data/preferences.jsonl, 53 s: gold 0.68 -> 0.83
     python dpo.py --loss kto        another loss: the table LOSSES is a map of the family, not a ladder
     python dpo.py --rounds 3        thrice: answer twice, out/reward_model judges, learn; --online: every step
-    python dpo.py --data data/style.jsonl --out out/style    style is a preference too; --flip turns it round
+    python dpo.py --data data/style.jsonl --steps 30 --out out/style    style, too; --flip turns it
     python dpo.py --init SmolLM2-135M --data mine.jsonl --lr 5e-6 --device cuda --out out/mine
 
 Simplified: one short run; the reference stays what we started from, in --rounds too (iterative DPO and SPPO
@@ -111,9 +111,9 @@ def kto(r, mismatched, good, beta, aversion):
 # fixed data; with a reward model or without. --online and --rounds move each of them along the last two.
 Method = namedtuple("Method", "loss uses beta lr pairs reference online reward_model")
 LOSSES = {  #                     uses                  beta lr    pairs  refer. online reward model
-    "dpo":      Method(dpo,      ("beta",),            0.3, 5e-4, True,  True,  False, False),
-    "cdpo":     Method(cdpo,     ("beta", "noise"),    0.3, 5e-4, True,  True,  False, False),
-    "robust":   Method(robust,   ("beta", "noise"),    0.3, 5e-4, True,  True,  False, False),
+    "dpo":      Method(dpo,      ("beta",),            0.5, 5e-4, True,  True,  False, False),
+    "cdpo":     Method(cdpo,     ("beta", "noise"),    0.5, 5e-4, True,  True,  False, False),
+    "robust":   Method(robust,   ("beta", "noise"),    0.5, 5e-4, True,  True,  False, False),
     "ipo":      Method(ipo,      ("beta",),            0.1, 5e-4, True,  True,  False, False),
     "slic":     Method(slic,     ("beta",),            0.1, 5e-4, True,  True,  False, False),
     "kto":      Method(kto,      ("beta", "aversion"), 0.1, 5e-4, False, True,  False, False),

@@ -14,7 +14,7 @@ A_3 = 0.2, A_2 = 0.2 + 0.95 A_3 = 0.39, A_1 = 0.1 + 0.95 A_2 = 0.47.
     python ppo.py                       out/sft and out/reward_model -> out/ppo, in 145 s on one core:
                                         PASS gold 0.68 -> 0.84 (target 0.80)
     python ppo.py --algorithm rloo      or reinforce: the same loop with less in it, see ALGORITHMS
-    python ppo.py --beta 0 --steps 60   no leash: the score rises on and on, and gold turns over
+    python ppo.py --beta 0 --steps 80   no leash: the score rises on and on, and gold turns over
     python ppo.py --target_kl 4         beta is adapted, to hold the KL near 4 nats an answer
     python ppo.py --init SmolLM2-135M --reward JUDGE --data mine.jsonl --lr 1e-6 --device cuda --out out/mine
 
