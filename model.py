@@ -443,7 +443,7 @@ def write_files(folder, texts, also=()):
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         Path(folder, name + ".tmp").write_text(text, encoding="utf-8")
-    for name in [*texts, *also]:
+    for name in [*also, *texts]:                  # config.json last: without it need() sees no checkpoint
         os.replace(Path(folder, name + ".tmp"), Path(folder, name))
 
 # ---- training

@@ -728,6 +728,14 @@ def test_a_failed_save_leaves_the_old_one(tok, tmp_path, monkeypatch):
     assert torch.equal(M.load(tmp_path / "m")[0](ids), want)
 
 
+def test_a_first_save_cut_short_is_no_checkpoint(tok, tmp_path, monkeypatch):
+    """need() makes a stage again unless it finds config.json: so that comes last."""
+    moved, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: moved.append(new.name) or real(old, new))
+    M.save(tmp_path / "m", tiny_model(), tok)
+    assert moved[-1] == "config.json" and "model.safetensors" in moved
+
+
 # ---------------------------------------------------------------- training
 
 def test_orthogonalise():
