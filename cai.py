@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (END, PAD, Log, ScalarModel, UserError, answer, load, main, need, optimizer, pad,
-                   read_jsonl, render, sample, save, schedule, special, to_messages, token_logps,
-                   write_results)
+from model import (END, PAD, RANK, Log, ScalarModel, UserError, answer, average, clip, load, main,
+                   need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
+                   special, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -260,7 +260,7 @@ def show_process(items, steps, say):
 
 def sl_step(model, tokenizer, items, p, config):
     batch = collate(items, tokenizer, config.device)
-    return -token_logps(model, *batch).sum() / batch[2].sum(), {}
+    return -token_logps(model, *batch).sum() / average(batch[2].sum().float()), {}
 
 def dpo_step(model, tokenizer, items, p, config, reference):
     batch = collate(items, tokenizer, config.device)
@@ -291,7 +291,7 @@ def policy_step(model, tokenizer, items, p, config, reference, scorer, generator
 
 def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
     optim, log = optimizer(model, lr), Log(steps, config.quiet)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed + RANK)
     try:
         for step in range(steps):
             for group in optim.param_groups:
@@ -301,7 +301,7 @@ def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
             loss, numbers = step_of(model, tokenizer, [items[i] for i in at], labels[at], config, **more)
             # 4 step, 5 log
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip(model)
             optim.step()
             optim.zero_grad()
             log(step, **numbers, loss=loss.item())
@@ -321,10 +321,11 @@ def train(config):
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
     torch.manual_seed(config.seed)
-    rules, generator = read_constitution(config.constitution), torch.Generator().manual_seed(config.seed)
+    rules = read_constitution(config.constitution)
+    generator = torch.Generator().manual_seed(config.seed + RANK)
     need(config.init, "python sft.py", 25)
     model, tokenizer = load(config.init, config.device)
-    red, plain = read_prompts(config, tokenizer, model.config.max_len, rules)
+    red, plain = map(portion, read_prompts(config, tokenizer, model.config.max_len, rules))
     both = [(red + plain)[i] for i in torch.randperm(len(red + plain), generator=generator)]
     world, results = all("slots" in row for row in both), {}            # elsewhere no truth is known
     say(f"cai: {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on {config.device}; "

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (Log, UserError, load, main, need, optimizer, read_jsonl, render, sample, save, schedule,
-                   to_messages, token_logps, write_results)
+from model import (RANK, Log, UserError, clip, load, main, need, optimizer, portion,
+                   read_jsonl, render, sample, save, schedule, to_messages, token_logps, write_results)
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def evaluate(model, tokenizer, sums, world, config, reference=None):
 
 def fit(model, reference, tokenizer, rows, held, config, log):
     member, optim = FAMILY[config.loss], optimizer(model, config.lr)
-    generator = torch.Generator().manual_seed(config.seed)
+    rows, generator = portion(rows), torch.Generator().manual_seed(config.seed + RANK)
     order = lambda: torch.randperm(len(rows), generator=generator).tolist()
     stream = (rows[i] for _ in itertools.count() for i in order())     # again and again, in another order
     try:
@@ -329,7 +329,7 @@ def fit(model, reference, tokenizer, rows, held, config, log):
                     farthest = max(farthest, *(logp - old_logp[at]).abs().exp().max(1).values.tolist())
 
                 # 4 step
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                clip(model)
                 optim.step()
                 optim.zero_grad()
 

@@ -515,6 +515,41 @@ def merge_lora(model):
         parametrize.remove_parametrizations(m, "weight")
     model.requires_grad_(True)
 
+# ---- more processes: torchrun --nproc_per_node=2 dpo.py
+# Each does what one would do alone, on its share of the rows, and learns from the mean of all gradients: two
+# with --batch 32 are one with --batch 64. In RL each has its own prompts and random numbers, and means over a
+# batch (whitening, baselines; KTO's z, too) are over its own. Only the first one prints, and writes files.
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def meet(config):
+    """All processes find each other. -> a Config with which only the first one writes"""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    return dataclasses.replace(config, save=config.save and RANK == 0)
+
+def portion(rows):
+    if len(rows) < PROCESSES:
+        raise UserError(f"{len(rows)} rows are too few for {PROCESSES} processes")
+    return rows[RANK::PROCESSES]
+
+def average(x):
+    """A number or a tensor of floats -> its mean over all processes, in place."""
+    x = torch.as_tensor(x)
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(x)
+        x /= PROCESSES
+    return x
+
+def clip(model):
+    """Gradients become their mean over all processes, and no longer than 1. -> how long they were"""
+    for p in model.parameters():
+        if PROCESSES > 1 and p.requires_grad:     # no gradient: a small batch had no row for this process
+            p.grad = average(torch.zeros_like(p) if p.grad is None else p.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
 # ---- files, flags and logs
 
 def read_jsonl(path, need=()):
@@ -559,7 +594,10 @@ def exit_codes():
 
 def main(Config, train, doc):
     with exit_codes():
-        train(parse(Config, doc))
+        config = parse(Config, doc)
+        train(config if PROCESSES == 1 else meet(config))
+        if PROCESSES > 1:
+            torch.distributed.destroy_process_group()
 
 class Log:
     """The numbers of every step: all of them for metrics.csv, at most 20 rows on the screen."""
@@ -567,7 +605,8 @@ class Log:
         self.steps, self.quiet, self.rows, self.begin = steps, quiet, [], time.time()
 
     def __call__(self, step, **numbers):
-        self.rows.append({"step": step} | {name: float(x) for name, x in numbers.items()})
+        means = average(torch.tensor([float(x) for x in numbers.values()], dtype=torch.float64)).tolist()
+        self.rows.append({"step": step} | dict(zip(numbers, means)))
         if not math.isfinite(self.rows[-1].get("loss", 0)):
             raise Diverged(f"step {step}: the loss is {self.rows[-1]['loss']}")
         if self.quiet:
@@ -592,11 +631,13 @@ def write_results(folder, log, **results):
 def need(folder, command, seconds):
     """Where the default checkpoint of an earlier stage is missing, runs that stage as a program."""
     script, *flags = shlex.split(command)[1:]
-    if Path(folder) != Path("out", Path(script).stem) or Path(folder, "config.json").exists():
-        return                                    # it is there, or load() will say what is wrong with it
-    print(f'{folder} not found: running "{command}" first, about {seconds} seconds', flush=True)
-    if subprocess.run([sys.executable, Path(__file__).parent / script, *flags]).returncode:
-        raise UserError(f'"{command}" failed')
+    default = Path(folder) == Path("out", Path(script).stem)    # else load() will say what is wrong with it
+    if default and not RANK and not Path(folder, "config.json").exists():
+        print(f'{folder} not found: running "{command}" first, about {seconds} seconds', flush=True)
+        alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
+        if subprocess.run([sys.executable, Path(__file__).parent / script, *flags], env=alone).returncode:
+            raise UserError(f'"{command}" failed')
+    average(0.0)                                  # other processes wait here for the first
 
 def chat(folders):
     models, histories = [load(folder) for folder in folders], [[] for _ in folders]

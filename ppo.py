@@ -29,9 +29,9 @@ from statistics import fmean as mean
 import torch
 
 from data import studybuddy
-from model import (PAD, Log, ScalarModel, UserError, load, load_scalar, main, need, optimizer, pad,
-                   read_jsonl, render, sample, save, schedule, special, to_messages, token_logps,
-                   write_results)
+from model import (PAD, RANK, Log, ScalarModel, UserError, average, clip, load, load_scalar, main,
+                   need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
+                   special, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -274,7 +274,7 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
     advantages_of, beta = ALGORITHMS[config.algorithm].advantages, config.beta
     memory, start, heard = {}, {}, {}
     learners = [(m, optimizer(m, lr)) for m, lr in ((policy, config.lr), (critic, config.critic_lr)) if m]
-    generator = torch.Generator().manual_seed(config.seed)
+    rows, generator = portion(rows), torch.Generator().manual_seed(config.seed + RANK)
     order = lambda size: torch.randperm(size, generator=generator)
     stream = (rows[i] for _ in itertools.count() for i in order(len(rows)).tolist())   # again and again
     try:
@@ -309,12 +309,12 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
 
                 # 4 step
                 for model, optim in learners:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    clip(model)
                     optim.step()
                     optim.zero_grad()
 
-            # 5 log
-            k1, k2, k3 = (k.sum(1).mean().item() for k in kl_estimates(r.logp, r.ref_logp))  # nats an answer
+            # 5 log: KL in nats an answer
+            k1, k2, k3 = (average(k.sum(1).mean()).item() for k in kl_estimates(r.logp, r.ref_logp))
             now = {"kl": k1, "length": answer.sum(1).float().mean().item(), **signals(r.texts)}
             start, rho, first = start or now, torch.cat(rhos), rhos[0].mean()
             found = alarms(now, start, len(ids))
