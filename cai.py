@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (END, PAD, RANK, Log, ScalarModel, UserError, answer, average, clip, load, main,
-                   need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
+from model import (END, PAD, RANK, Log, ScalarModel, UserError, add_lora, answer, average, clip, load, main,
+                   merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
                    special, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Config:
     pairs: int = 768                  # pairs of answers that the judge compares
     steps: int = 60                   # optimiser steps on its verdicts
     lr: float = 3e-4                  # their peak learning rate
+    lora: int = 0                     # train adapters of this rank instead of the weights; wants a higher lr
     beta: float = 0.1                 # strength of the leash to the SL-CAI model
     rl: bool = False                  # a preference model and policy gradient in place of DPO
     group: int = 4                    # rl: answers to each prompt
@@ -290,6 +291,7 @@ def policy_step(model, tokenizer, items, p, config, reference, scorer, generator
     return -(A * token_logps(model, *s[:3], T).sum(1)).mean(), {"score": score.mean(), "kl": kl.mean()}
 
 def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
+    add_lora(model, config.lora)
     optim, log = optimizer(model, lr), Log(steps, config.quiet)
     generator = torch.Generator().manual_seed(config.seed + RANK)
     try:
@@ -307,6 +309,7 @@ def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
             log(step, **numbers, loss=loss.item())
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {steps}: going on with what there is")
+    merge_lora(model)
     return log
 
 # at least (+1) or at most (-1); the middle two are counted from the SFT model's, "judge" is for your own data

@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (END, PAD, PROCESSES, RANK, Log, UserError, average, clip, load, load_scalar,
-                   main, need, optimizer, pad, portion, read_jsonl, render, sample, save,
+from model import (END, PAD, PROCESSES, RANK, Log, UserError, add_lora, average, clip, load, load_scalar,
+                   main, merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save,
                    schedule, special, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Config:
     batch: int = 32           # rows a batch: pairs, or single answers for kto
     accumulate: int = 1       # batches a step
     lr: float = 0.0           # peak learning rate (0: see LOSSES)
+    lora: int = 0             # train adapters of this rank instead of the weights; wants a higher lr
     beta: float = 0.0         # strength of the leash to the reference (0: see LOSSES)
     noise: float = 0.1        # cdpo, robust: the share e of labels thought to be wrong
     gamma: float = 1.0        # simpo: the margin that the winner's reward should have
@@ -304,6 +305,7 @@ def losses_of(values, good, config):
     return method.loss(*values.unbind(1), *labels, *(getattr(config, name) for name in method.uses))
 
 def fit(model, reference, tokenizer, rows, held, judge, config, log):
+    add_lora(model, config.lora)
     method, optim, device = LOSSES[config.loss], optimizer(model, config.lr), model.embed.weight.device
     feed = stream(model, reference, tokenizer, rows, judge, config)
     try:
@@ -331,6 +333,7 @@ def fit(model, reference, tokenizer, rows, held, judge, config, log):
             log(step, loss=loss.item(), margin=config.beta * (w - l), **found)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
+    merge_lora(model)
 
 def train(config, judge=None):
     """judge: your own function (raw rows, texts) -> scores for --rounds and --online."""

@@ -286,6 +286,7 @@ def draw(probs, top_k, top_p, generator):
     return torch.searchsorted(line, dart, right=True)[:, 0].clamp(max=line.shape[1] - 1)
 
 @torch.no_grad()
+@parametrize.cached()        # adapters are added to their matrices once, and not at every token
 def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0, top_p=1.0, generator=None,
            batch=256):
     """n answers to each prompt (a list of ids), p0 a0, p0 a1, ... p1 a0, ... Temperature 0 is greedy."""
@@ -502,10 +503,12 @@ class LoRA(nn.Module):
         return W + 2 * self.B @ self.A
 
 def add_lora(model, rank):
-    """Freezes the model and adds a LoRA to every matrix of its blocks. -> how many parameters train"""
-    model.requires_grad_(False)
+    """Freezes the model, but for a scalar head, which is new, and adds a LoRA to every matrix of its blocks;
+    a rank of 0 leaves all as it is. -> how many parameters train"""
+    for name, p in model.named_parameters():
+        p.requires_grad_(rank == 0 or name == "score.weight")
     for name, m in [*model.named_modules()]:
-        if isinstance(m, nn.Linear) and "blocks." in name:
+        if rank and isinstance(m, nn.Linear) and "blocks." in name:
             parametrize.register_parametrization(m, "weight", LoRA(m.weight, rank))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

@@ -30,8 +30,8 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (PAD, PROCESSES, Log, ScalarModel, UserError, average, clip, load, main,
-                   need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
+from model import (PAD, PROCESSES, Log, ScalarModel, UserError, add_lora, average, clip, load, main,
+                   merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
                    special, to_messages, write_results)
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Config:
     lr: float = 0.0           # peak learning rate (0: see KINDS)
     batch: int = 32           # examples a step: pairs, rankings, solutions, ...
     accumulate: int = 2       # cut a batch into so many parts of rows of similar length: little is padding
+    lora: int = 0             # train adapters of this rank instead of the weights; wants a higher lr
     center: float = 0.0       # pairs: weight of the penalty (r_w + r_l)^2
     held: int = 6             # one prompt in so many is held out
     drop: bool = False        # leave out rows longer than the context, however many (over 1% are an error)
@@ -356,6 +357,7 @@ def batch_loss(model, tokenizer, batch, config):
     return KINDS[config.kind].loss(scores.view(len(batch), -1), labels, config)
 
 def fit(model, tokenizer, rows, config, log):
+    add_lora(model, config.lora)
     optim, generator = optimizer(model, config.lr), torch.Generator().manual_seed(config.seed)
     queue, step, device, whole = [], 0, torch.device(config.device).type, config.batch * PROCESSES
     terms = lambda part: sum(len(e.label) or 1 for e in part)             # what their loss is the mean of
@@ -383,6 +385,7 @@ def fit(model, tokenizer, rows, config, log):
             optim.zero_grad()
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
+    merge_lora(model)
 
 def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print

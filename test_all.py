@@ -3043,7 +3043,7 @@ def test_cai_audit_by_hand():
     assert labels["ai_truth"] == 0.5 and labels["one_order"] == 0.0
 
 
-# ---------------------------------------------------------------------------------- processes
+# ---------------------------------------------------------------------------------- adapters, processes
 
 def small_runs(path, **both):
     """A few steps of every script on tiny models and your own data -> {script: Config}"""
@@ -3069,6 +3069,24 @@ def small_runs(path, **both):
             "cai": cai.Config(**rl | {"lr": 1e-3}, answers=1, revisions=1, sl_steps=2, pairs=24, batch=4,
                               temperature=1.0)}
     return {name: replace(config, out=str(path / name)) for name, config in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo", "cai"])
+def test_adapters_change_little_and_are_merged(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", lambda row, text: float(len(text)))
+    model = sys.modules[name].train(small_runs(tmp_path, lora=2)[name])["model"]
+    start, ids = M.load(tmp_path / "init")[0].state_dict(), torch.tensor([[5, 6, 7, 8]])
+    scalar, moved = isinstance(model, M.ScalarModel), 0
+    for key, now in (model.transformer if scalar else model).state_dict().items():
+        if now.dim() == 2 and "blocks" in key:
+            s = torch.linalg.svdvals(now - start[key])
+            assert s[4 if name == "cai" else 2] < 1e-4 * s[0], "cai trains twice: 2 + 2"
+            moved += s[0] > 1e-3
+        else:
+            assert torch.equal(now, start[key]), key
+    assert moved >= 7
+    loaded = (M.load_scalar if scalar else M.load)(tmp_path / name)[0]
+    assert torch.equal(loaded(ids), model(ids))
 
 
 TWO = """
