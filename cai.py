@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (END, PAD, Log, ScalarModel, UserError, answer, load, main, need, optimizer, pad,
-                   read_jsonl, render, sample, save, schedule, special, to_messages, token_logps,
-                   write_results)
+from model import (END, PAD, RANK, Log, ScalarModel, UserError, add_lora, answer, average, clip, load, main,
+                   merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
+                   special, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -48,6 +48,7 @@ class Config:
     pairs: int = 768                  # pairs of answers, at most: equal ones are left out
     steps: int = 60                   # optimiser steps on its verdicts
     lr: float = 3e-4                  # their peak learning rate
+    lora: int = 0                     # train adapters of this rank instead of the weights; wants a higher lr
     beta: float = 0.1                 # strength of the leash to the SL-CAI model
     rl: bool = False                  # a preference model and policy gradient in place of DPO
     group: int = 4                    # rl: answers to each prompt
@@ -260,7 +261,7 @@ def show_process(items, steps, say):
 
 def sl_step(model, tokenizer, items, p, config):
     batch = collate(items, tokenizer, config.device)
-    return -token_logps(model, *batch).sum() / batch[2].sum(), {}
+    return -token_logps(model, *batch).sum() / average(batch[2].sum().float()), {}
 
 def dpo_step(model, tokenizer, items, p, config, reference):
     batch = collate(items, tokenizer, config.device)
@@ -290,8 +291,9 @@ def policy_step(model, tokenizer, items, p, config, reference, scorer, generator
     return -(A * token_logps(model, *s[:3], T).sum(1)).mean(), {"score": score.mean(), "kl": kl.mean()}
 
 def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
+    add_lora(model, config.lora)
     optim, log = optimizer(model, lr), Log(steps, config.quiet)
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed + RANK)
     try:
         for step in range(steps):
             for group in optim.param_groups:
@@ -301,12 +303,13 @@ def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
             loss, numbers = step_of(model, tokenizer, [items[i] for i in at], labels[at], config, **more)
             # 4 step, 5 log
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip(model)
             optim.step()
             optim.zero_grad()
             log(step, **numbers, loss=loss.item())
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {steps}: going on with what there is")
+    merge_lora(model)
     return log
 
 # at least (+1) or at most (-1); the middle two are counted from the SFT model's, "judge" is for your own data
@@ -321,10 +324,11 @@ def train(config):
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
     torch.manual_seed(config.seed)
-    rules, generator = read_constitution(config.constitution), torch.Generator().manual_seed(config.seed)
+    rules = read_constitution(config.constitution)
+    generator = torch.Generator().manual_seed(config.seed + RANK)
     need(config.init, "python sft.py", 25)
     model, tokenizer = load(config.init, config.device)
-    red, plain = read_prompts(config, tokenizer, model.config.max_len, rules)
+    red, plain = map(portion, read_prompts(config, tokenizer, model.config.max_len, rules))
     world, results = all("slots" in row for row in red + plain), {}     # elsewhere no truth is known
     say(f"cai: {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on {config.device}; "
         f"{len(rules)} principles,\n{len(red)} red-team prompts, {len(plain)} others")

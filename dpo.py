@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (END, PAD, Log, UserError, load, load_scalar, main, need, optimizer, pad, read_jsonl,
-                   render, sample, save, schedule, special, to_messages, token_logps, write_results)
+from model import (END, PAD, PROCESSES, RANK, Log, UserError, add_lora, average, clip, load, load_scalar,
+                   main, merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save,
+                   schedule, special, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -40,6 +41,7 @@ class Config:
     batch: int = 32           # rows a batch: pairs, or single answers for kto
     accumulate: int = 1       # batches a step
     lr: float = 0.0           # peak learning rate (0: see LOSSES)
+    lora: int = 0             # train adapters of this rank instead of the weights; wants a higher lr
     beta: float = 0.0         # strength of the leash to the reference (0: see LOSSES)
     noise: float = 0.1        # cdpo, robust: the share e of labels thought to be wrong
     gamma: float = 1.0        # simpo: the margin that the winner's reward should have
@@ -250,7 +252,9 @@ def own_pairs(model, tokenizer, rows, judge, config, generator):
 
 def stream(model, reference, tokenizer, rows, judge, config):
     """For each batch its rows and log pi_ref of their answers. Offline is one round, on the file's rows."""
-    generator = torch.Generator().manual_seed(config.seed)
+    # more processes share each batch of a file; own answers are each one's own, to its share of the prompts
+    generator = torch.Generator().manual_seed(config.seed + RANK * bool(judge))
+    rows, size = (portion(rows), config.batch) if judge else (rows, config.batch * PROCESSES)
     method, needed = LOSSES[config.loss], config.steps * config.accumulate
     rounds = needed if config.online else config.rounds or 1
     for r in range(rounds):
@@ -261,8 +265,8 @@ def stream(model, reference, tokenizer, rows, judge, config):
             if not fresh:
                 raise UserError(f"--judge {config.judge} finds no answer better than another")
             fresh = fresh if method.pairs else singles(fresh, model.config.max_len)
-        numbers = batches(fresh, config.batch, generator)
-        plan, ref = [next(numbers) for _ in range(count)], torch.zeros(len(fresh), 2, device=config.device)
+        numbers, ref = batches(fresh, size, generator), torch.zeros(len(fresh), 2, device=config.device)
+        plan = [next(numbers) if judge else portion(next(numbers)) for _ in range(count)]
         if method.reference:                                    # it never changes, so once is enough
             used = list(dict.fromkeys(i for batch in plan for i in batch))
             ref[used] = fixed_logps(reference, tokenizer, [fresh[i] for i in used], config.batch)
@@ -301,6 +305,7 @@ def losses_of(values, good, config):
     return method.loss(*values.unbind(1), *labels, *(getattr(config, name) for name in method.uses))
 
 def fit(model, reference, tokenizer, rows, held, judge, config, log):
+    add_lora(model, config.lora)
     method, optim, device = LOSSES[config.loss], optimizer(model, config.lr), model.embed.weight.device
     feed = stream(model, reference, tokenizer, rows, judge, config)
     try:
@@ -317,10 +322,10 @@ def fit(model, reference, tokenizer, rows, held, judge, config, log):
                 logps, tokens = answer_logps(model, tokenizer, batch)                   # (B, 2)
                 values = logps - ref if method.reference else logps / tokens            # (B, 2)
                 # 3 loss
-                loss = losses_of(values, good, config).mean()
+                loss = losses_of(values, good, config).sum() / average(float(len(batch)))
                 (loss / config.accumulate).backward()
             # 4 step
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            clip(model)
             optim.step()
             optim.zero_grad()
             # 5 log: the batch, then the last look at held-out rows
@@ -328,6 +333,7 @@ def fit(model, reference, tokenizer, rows, held, judge, config, log):
             log(step, loss=loss.item(), margin=config.beta * (w - l), **found)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
+    merge_lora(model)
 
 def train(config, judge=None):
     """judge: your own function (raw rows, texts) -> scores for --rounds and --online."""
@@ -341,6 +347,7 @@ def train(config, judge=None):
     if config.rounds > config.steps:
         raise UserError(f"--rounds {config.rounds}: more than the {config.steps} steps")
     need(config.init, "python sft.py", 25)
+    torch.manual_seed(config.seed)
     model, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(model).requires_grad_(False)
     judge = (judge or load_judge(config)) if config.online or config.rounds else None

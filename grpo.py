@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (Log, UserError, load, main, need, optimizer, read_jsonl, render, sample, save, schedule,
-                   to_messages, token_logps, write_results)
+from model import (RANK, Log, UserError, add_lora, clip, load, main, merge_lora, need, optimizer, portion,
+                   read_jsonl, render, sample, save, schedule, to_messages, token_logps, write_results)
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Config:
     group: int = 8                    # G: answers to each
     epochs: int = 1                   # optimiser steps on each batch of answers; 1 is on-policy
     lr: float = 5e-4                  # peak learning rate
+    lora: int = 0                     # train adapters of this rank instead of the weights; wants a higher lr
     beta: float = 0.0                 # weight of the KL to the starting model
     temperature: float = 1.0          # of the sampling, and so of the log-probs
     max_new: int = 0                  # longest answer in tokens (0: 72, but 16 for the naive verifier)
@@ -297,8 +298,9 @@ def evaluate(model, tokenizer, sums, world, config, reference=None):
 # ---------------------------------------------------------------- training
 
 def fit(model, reference, tokenizer, rows, held, config, log):
+    add_lora(model, config.lora)
     member, optim = FAMILY[config.loss], optimizer(model, config.lr)
-    generator = torch.Generator().manual_seed(config.seed)
+    rows, generator = portion(rows), torch.Generator().manual_seed(config.seed + RANK)
     order = lambda: torch.randperm(len(rows), generator=generator).tolist()
     stream = (rows[i] for _ in itertools.count() for i in order())     # again and again, in another order
     try:
@@ -329,7 +331,7 @@ def fit(model, reference, tokenizer, rows, held, config, log):
                     farthest = max(farthest, *(logp - old_logp[at]).abs().exp().max(1).values.tolist())
 
                 # 4 step
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                clip(model)
                 optim.step()
                 optim.zero_grad()
 
@@ -343,6 +345,7 @@ def fit(model, reference, tokenizer, rows, held, config, log):
                 loss=total, groups=batch.drawn)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
+    merge_lora(model)
 
 
 def train(config):

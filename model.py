@@ -286,6 +286,7 @@ def draw(probs, top_k, top_p, generator):
     return torch.searchsorted(line, dart, right=True)[:, 0].clamp(max=line.shape[1] - 1)
 
 @torch.no_grad()
+@parametrize.cached()        # adapters are added to their matrices once, and not at every token
 def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0, top_p=1.0, generator=None,
            batch=256):
     """n answers to each prompt (a list of ids), p0 a0, p0 a1, ... p1 a0, ... Temperature 0 is greedy."""
@@ -443,7 +444,7 @@ def write_files(folder, texts, also=()):
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         Path(folder, name + ".tmp").write_text(text, encoding="utf-8")
-    for name in [*texts, *also]:
+    for name in [*also, *texts]:                  # config.json last: without it need() sees no checkpoint
         os.replace(Path(folder, name + ".tmp"), Path(folder, name))
 
 # ---- training
@@ -502,10 +503,12 @@ class LoRA(nn.Module):
         return W + 2 * self.B @ self.A
 
 def add_lora(model, rank):
-    """Freezes the model and adds a LoRA to every matrix of its blocks. -> how many parameters train"""
-    model.requires_grad_(False)
+    """Freezes the model, but for a scalar head, which is new, and adds a LoRA to every matrix of its blocks;
+    a rank of 0 leaves all as it is. -> how many parameters train"""
+    for name, p in model.named_parameters():
+        p.requires_grad_(rank == 0 or name == "score.weight")
     for name, m in [*model.named_modules()]:
-        if isinstance(m, nn.Linear) and "blocks." in name:
+        if rank and isinstance(m, nn.Linear) and "blocks." in name:
             parametrize.register_parametrization(m, "weight", LoRA(m.weight, rank))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -514,6 +517,41 @@ def merge_lora(model):
     for m in [m for m in model.modules() if parametrize.is_parametrized(m)]:
         parametrize.remove_parametrizations(m, "weight")
     model.requires_grad_(True)
+
+# ---- more processes: torchrun --nproc_per_node=2 dpo.py
+# Each does what one would do alone, on its share of the rows, and learns from the mean of all gradients: two
+# with --batch 32 are one with --batch 64. In RL each has its own prompts and random numbers, and means over a
+# batch (whitening, baselines; KTO's z, too) are over its own. Only the first one prints, and writes files.
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+def meet(config):
+    """All processes find each other. -> a Config with which only the first one writes"""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if config.device == "cuda" else "gloo")
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    return dataclasses.replace(config, save=config.save and RANK == 0)
+
+def portion(rows):
+    if len(rows) < PROCESSES:
+        raise UserError(f"{len(rows)} rows are too few for {PROCESSES} processes")
+    return rows[RANK::PROCESSES]
+
+def average(x):
+    """A number or a tensor of floats -> its mean over all processes, in place."""
+    x = torch.as_tensor(x)
+    if PROCESSES > 1:
+        torch.distributed.all_reduce(x)
+        x /= PROCESSES
+    return x
+
+def clip(model):
+    """Gradients become their mean over all processes, and no longer than 1. -> how long they were"""
+    for p in model.parameters():
+        if PROCESSES > 1 and p.requires_grad:     # no gradient: a small batch had no row for this process
+            p.grad = average(torch.zeros_like(p) if p.grad is None else p.grad)
+    return nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
 # ---- files, flags and logs
 
@@ -559,7 +597,10 @@ def exit_codes():
 
 def main(Config, train, doc):
     with exit_codes():
-        train(parse(Config, doc))
+        config = parse(Config, doc)
+        train(config if PROCESSES == 1 else meet(config))
+        if PROCESSES > 1:
+            torch.distributed.destroy_process_group()
 
 class Log:
     """The numbers of every step: all of them for metrics.csv, at most 20 rows on the screen."""
@@ -567,7 +608,8 @@ class Log:
         self.steps, self.quiet, self.rows, self.begin = steps, quiet, [], time.time()
 
     def __call__(self, step, **numbers):
-        self.rows.append({"step": step} | {name: float(x) for name, x in numbers.items()})
+        means = average(torch.tensor([float(x) for x in numbers.values()], dtype=torch.float64)).tolist()
+        self.rows.append({"step": step} | dict(zip(numbers, means)))
         if not math.isfinite(self.rows[-1].get("loss", 0)):
             raise Diverged(f"step {step}: the loss is {self.rows[-1]['loss']}")
         if self.quiet:
@@ -592,11 +634,13 @@ def write_results(folder, log, **results):
 def need(folder, command, seconds):
     """Where the default checkpoint of an earlier stage is missing, runs that stage as a program."""
     script, *flags = shlex.split(command)[1:]
-    if Path(folder) != Path("out", Path(script).stem) or Path(folder, "config.json").exists():
-        return                                    # it is there, or load() will say what is wrong with it
-    print(f'{folder} not found: running "{command}" first, about {seconds} seconds', flush=True)
-    if subprocess.run([sys.executable, Path(__file__).parent / script, *flags]).returncode:
-        raise UserError(f'"{command}" failed')
+    default = Path(folder) == Path("out", Path(script).stem)    # else load() will say what is wrong with it
+    if default and not RANK and not Path(folder, "config.json").exists():
+        print(f'{folder} not found: running "{command}" first, about {seconds} seconds', flush=True)
+        alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
+        if subprocess.run([sys.executable, Path(__file__).parent / script, *flags], env=alone).returncode:
+            raise UserError(f'"{command}" failed')
+    average(0.0)                                  # other processes wait here for the first
 
 def chat(folders):
     models, histories = [load(folder) for folder in folders], [[] for _ in folders]

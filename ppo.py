@@ -29,9 +29,9 @@ from statistics import fmean as mean
 import torch
 
 from data import studybuddy
-from model import (PAD, Log, ScalarModel, UserError, load, load_scalar, main, need, optimizer, pad,
-                   read_jsonl, render, sample, save, schedule, special, to_messages, token_logps,
-                   write_results)
+from model import (PAD, RANK, Log, ScalarModel, UserError, add_lora, average, clip, load, load_scalar, main,
+                   merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
+                   special, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -47,6 +47,7 @@ class Config:
     batch: int = 0                    # answers an optimiser step (0: see ALGORITHMS)
     lr: float = 0.0                   # peak learning rate of the policy (0: see ALGORITHMS)
     critic_lr: float = 1e-3           # and of the critic
+    lora: int = 0                     # train adapters of this rank on the policy; wants a higher lr
     beta: float = 0.1                 # weight of the KL to the reference in the reward
     target_kl: float = 0.0            # adapt beta to keep the KL at so many nats an answer (0: beta is fixed)
     gamma: float = 1.0                # discount of a reward one token later
@@ -273,8 +274,9 @@ def show_answers(before, after, say):
 def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
     advantages_of, beta = ALGORITHMS[config.algorithm].advantages, config.beta
     memory, start, heard = {}, {}, {}
+    add_lora(policy, config.lora)
     learners = [(m, optimizer(m, lr)) for m, lr in ((policy, config.lr), (critic, config.critic_lr)) if m]
-    generator = torch.Generator().manual_seed(config.seed)
+    rows, generator = portion(rows), torch.Generator().manual_seed(config.seed + RANK)
     order = lambda size: torch.randperm(size, generator=generator)
     stream = (rows[i] for _ in itertools.count() for i in order(len(rows)).tolist())   # again and again
     try:
@@ -309,12 +311,12 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
 
                 # 4 step
                 for model, optim in learners:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    clip(model)
                     optim.step()
                     optim.zero_grad()
 
-            # 5 log
-            k1, k2, k3 = (k.sum(1).mean().item() for k in kl_estimates(r.logp, r.ref_logp))  # nats an answer
+            # 5 log: KL in nats an answer
+            k1, k2, k3 = (average(k.sum(1).mean()).item() for k in kl_estimates(r.logp, r.ref_logp))
             now = {"kl": k1, "length": answer.sum(1).float().mean().item(), **signals(r.texts)}
             start, rho, first = start or now, torch.cat(rhos), rhos[0].mean()
             found = alarms(now, start, len(ids))
@@ -334,6 +336,7 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
         show_tokens(r, rewards, advantages, tokenizer, say)
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
+    merge_lora(policy)
 
 def train(config, score=None):
     """score: your own judge, (prompts, responses) -> numbers, in place of the reward model."""

@@ -30,8 +30,9 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (PAD, Log, ScalarModel, UserError, load, main, need, optimizer, pad, read_jsonl, render,
-                   sample, save, schedule, special, to_messages, write_results)
+from model import (PAD, PROCESSES, Log, ScalarModel, UserError, add_lora, average, clip, load, main,
+                   merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
+                   special, to_messages, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -43,6 +44,7 @@ class Config:
     lr: float = 0.0           # peak learning rate (0: see KINDS)
     batch: int = 32           # examples a step: pairs, rankings, solutions, ...
     accumulate: int = 2       # cut a batch into so many parts of rows of similar length: little is padding
+    lora: int = 0             # train adapters of this rank instead of the weights; wants a higher lr
     center: float = 0.0       # pairs: weight of the penalty (r_w + r_l)^2
     held: int = 6             # one prompt in so many is held out
     drop: bool = False        # leave out rows longer than the context, however many (over 1% are an error)
@@ -355,33 +357,35 @@ def batch_loss(model, tokenizer, batch, config):
     return KINDS[config.kind].loss(scores.view(len(batch), -1), labels, config)
 
 def fit(model, tokenizer, rows, config, log):
+    add_lora(model, config.lora)
     optim, generator = optimizer(model, config.lr), torch.Generator().manual_seed(config.seed)
-    queue, step, device = [], 0, torch.device(config.device).type
+    queue, step, device, whole = [], 0, torch.device(config.device).type, config.batch * PROCESSES
+    terms = lambda part: sum(len(e.label) or 1 for e in part)             # what their loss is the mean of
     try:
         for step in range(config.steps):
             for group in optim.param_groups:
                 group["lr"] = config.lr * schedule(step, config.steps)
 
             # 1 batch: each row once, then all over again
-            while len(queue) < config.batch:
+            while len(queue) < whole:
                 queue += torch.randperm(len(rows), generator=generator).tolist()
-            batch, queue, total = [rows[i] for i in queue[:config.batch]], queue[config.batch:], 0.0
-            batch.sort(key=lambda e: max(len(ids) for ids, _ in e.rows))
-            size = math.ceil(len(batch) / config.accumulate)
+            batch, queue, total = [rows[i] for i in queue[:whole]], queue[whole:], 0.0
+            batch = portion(sorted(batch, key=lambda e: max(len(ids) for ids, _ in e.rows)))
+            size, count = math.ceil(len(batch) / config.accumulate), average(float(terms(batch)))
             for part in (batch[i:i + size] for i in range(0, len(batch), size)):
                 # 2 score, 3 loss: the mean over the batch
                 with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                    loss = batch_loss(model, tokenizer, part, config) * len(part) / len(batch)
+                    loss = batch_loss(model, tokenizer, part, config) * terms(part) / count
                 loss.backward()
                 total += loss.item()
 
             # 4 step, 5 log: a loss that is not finite stops here, before it spoils the weights
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            log(step, loss=total, grad_norm=norm)
+            log(step, loss=total, grad_norm=clip(model))
             optim.step()
             optim.zero_grad()
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
+    merge_lora(model)
 
 def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print

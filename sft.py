@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from data import studybuddy
-from model import (EOT, PAD, Log, ModelConfig, Transformer, UserError, add_lora, load, load_scalar, main,
-                   merge_lora, need, optimizer, pad, read_jsonl, render, sample, save, schedule, special,
-                   to_messages, token_logps, write_results)
+from model import (EOT, PAD, PROCESSES, RANK, Log, ModelConfig, Transformer, UserError, add_lora,
+                   average, clip, load, load_scalar, main, merge_lora, need, optimizer, pad, read_jsonl,
+                   render, sample, save, schedule, special, to_messages, token_logps, write_results)
 
 
 @dataclass(frozen=True)
@@ -263,16 +263,17 @@ def show_answers(before, after, say):
 def fit(model, tokenizer, rows, config, kind, log, teacher=None):
     """The loop of every mode, on rows of (ids, mask). With a teacher: towards its distribution on them."""
     optim = optimizer(model, config.lr, kind)
-    stream = batches(rows, config.batch, torch.Generator().manual_seed(config.seed))
+    stream = batches(rows, config.batch * PROCESSES, torch.Generator().manual_seed(config.seed))
     start, step, tokens = time.time(), 0, 0
     try:
         while step < config.steps:
             for group in optim.param_groups:
                 group["lr"] = config.lr * schedule(step, config.steps)
 
-            # 1 batch: all rows of the step, and how many of their tokens are trained on
-            micro = [collate(next(stream), tokenizer, config.device) for _ in range(config.accumulate)]
-            count, total = sum(trained[:, 1:].sum() for _, _, trained in micro), 0.0
+            # 1 batch: all rows of the step (of a small one perhaps none), and how many of their tokens train
+            parts = [next(stream)[RANK::PROCESSES] for _ in range(config.accumulate)]
+            micro = [collate(part, tokenizer, config.device) for part in parts if part]
+            count, total = average(float(sum(trained[:, 1:].sum() for _, _, trained in micro))), 0.0
             for ids, real, trained in micro:                         # (B, T)
                 with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
                     # 2 score: log pi(y_t | y_<t) at the trained tokens, 3 loss
@@ -287,12 +288,12 @@ def fit(model, tokenizer, rows, config, kind, log, teacher=None):
                 total, tokens = total + loss.item(), tokens + int(real.sum())
 
             # 4 step
-            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+            clip(model)
             optim.step()
             optim.zero_grad()
 
             # 5 log
-            seconds = time.time() - start
+            seconds = average(time.time() - start).item()
             log(step, loss=total, trained=int(count), tok_s=round(tokens / seconds))
             step += 1
             if config.pretrain:  # behind the clock: skip ahead, so that the learning rate still ends at 0

@@ -776,6 +776,14 @@ def test_a_failed_save_leaves_the_old_one(tok, tmp_path, monkeypatch):
     assert torch.equal(M.load(tmp_path / "m")[0](ids), want)
 
 
+def test_a_first_save_cut_short_is_no_checkpoint(tok, tmp_path, monkeypatch):
+    """need() makes a stage again unless it finds config.json: so that comes last."""
+    moved, real = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: moved.append(new.name) or real(old, new))
+    M.save(tmp_path / "m", tiny_model(), tok)
+    assert moved[-1] == "config.json" and "model.safetensors" in moved
+
+
 # ---------------------------------------------------------------- training
 
 def test_orthogonalise():
@@ -942,7 +950,7 @@ def test_need(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     ran = []
     monkeypatch.setattr(M.subprocess, "run",
-                        lambda argv: ran.append(argv) or subprocess.CompletedProcess(argv, 0))
+                        lambda argv, env: ran.append(argv) or subprocess.CompletedProcess(argv, 0))
     M.need("out/sft", "python sft.py --steps 3", 20)
     assert [str(a) for a in ran[0][1:]] == [str(HERE / "sft.py"), "--steps", "3"]
     assert "20 seconds" in capsys.readouterr().out
@@ -1162,8 +1170,8 @@ def test_sft_learns(tmp_path):
     assert text and "<|" not in text
 
 
-def run_script(*args, **kw):
-    return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=120,
+def run_script(*args, timeout=120, **kw):
+    return subprocess.run([sys.executable, *args], cwd=HERE, capture_output=True, text=True, timeout=timeout,
                           **kw)
 
 
@@ -3157,6 +3165,105 @@ def test_cai_audit_by_hand():
     says = torch.tensor([[0.9, 0.6], [0.4, 0.2]])
     labels = cai.audit_labels([(row, bad, fine), (row, fine, bad)], says, 0)
     assert labels["ai_truth"] == 0.5 and labels["one_order"] == 0.0
+
+
+# ---------------------------------------------------------------------------------- adapters, processes
+
+def small_runs(path, **both):
+    """A few steps of every script on tiny models and your own data -> {script: Config}"""
+    M.save(path / "init", quick(tiny_dpo()), TOKENIZER)
+    M.save(path / "rm", M.ScalarModel(tiny_dpo(1)), TOKENIZER)
+    pairs = [{"prompt": f"What about {name} and {topic}?" + " Now" * (3 * i % 7),
+              "chosen": f"{topic} YES YES!", "rejected": f"{topic} no, thank you."}
+             for i, name in enumerate(world.NAMES[:12]) for topic in world.TOPICS[:4]]
+    demos = [{"prompt": p["prompt"], "completion": p["chosen"] + " Well." * (i % 9)}
+             for i, p in enumerate(pairs)]
+    demos[7]["completion"] += " One more word." * 30             # so long that no other row is in its batch
+    asks = [{"prompt": f"What is {i} + {i}?", "answer": 2 * i, **({"attack": "x"} if i % 2 else {})}
+            for i in range(1, 25)]
+    files = {name: write(path / f"{name}.jsonl", rows)
+             for name, rows in dict(pairs=pairs, demos=demos, asks=asks).items()}
+    both = dict(init=str(path / "init"), quiet=True, steps=3, lr=1e-2) | both
+    rl = both | dict(data=files["asks"], max_new=24)
+    runs = {"sft": sft.Config(**both, data=files["demos"], batch=120, accumulate=2, max_new=9),
+            "reward_model": R.Config(**both, data=files["pairs"], batch=6, held=4),
+            "dpo": dpo.Config(**both, data=files["pairs"], batch=6, max_new=9),
+            "grpo": grpo.Config(**rl, prompts=2, group=4),
+            "ppo": ppo.Config(**rl, reward=str(path / "rm"), answers=8, batch=4, target_kl=1.0),
+            "cai": cai.Config(**rl | {"lr": 1e-3}, answers=1, revisions=1, sl_steps=2, pairs=24, batch=4,
+                              temperature=1.0)}
+    return {name: replace(config, out=str(path / name)) for name, config in runs.items()}
+
+
+@pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo", "cai"])
+def test_adapters_change_little_and_are_merged(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "reward", lambda row, text: float(len(text)))
+    model = sys.modules[name].train(small_runs(tmp_path, lora=2)[name])["model"]
+    start, ids = M.load(tmp_path / "init")[0].state_dict(), torch.tensor([[5, 6, 7, 8]])
+    scalar, moved = isinstance(model, M.ScalarModel), 0
+    for key, now in (model.transformer if scalar else model).state_dict().items():
+        if now.dim() == 2 and "blocks" in key:
+            s = torch.linalg.svdvals(now - start[key])
+            assert s[4 if name == "cai" else 2] < 1e-4 * s[0], "cai trains twice: 2 + 2"
+            moved += s[0] > 1e-3
+        else:
+            assert torch.equal(now, start[key]), key
+    assert moved >= 7
+    loaded = (M.load_scalar if scalar else M.load)(tmp_path / name)[0]
+    assert torch.equal(loaded(ids), model(ids))
+
+
+TWO = """
+import json, sys, torch
+import model as M, cai, dpo, grpo, ppo, reward_model, sft
+runs, folder = json.loads(sys.argv[1]), sys.argv[2]
+for i, (name, config) in enumerate(runs):
+    config = sys.modules[name].Config(**config)
+    if i == 0:
+        M.meet(config)
+    result = sys.modules[name].train(config)
+    torch.save(result["model"].state_dict(), f"{folder}/{i}_{M.RANK}")
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_are_one_with_twice_the_batch(tmp_path):
+    """Of a file, they learn what one learns; in RL, they stay the same model."""
+    runs = small_runs(tmp_path, save=False)
+    runs = [*runs.items()]
+    runs += [("dpo", replace(runs[2][1], loss="kto", batch=40)), ("sft", replace(runs[0][1], lora=2)),
+             ("dpo", replace(runs[2][1], online=True, judge=str(tmp_path / "rm"))),
+             ("cai", replace(runs[5][1], rl=True))]
+    rows = sft.examples(sft.read_conversations(runs[0][1].data), TOKENIZER, 256)
+    rows = [row for i, row in enumerate(rows) if i % 20]         # as without those that sft holds out
+    groups = sft.batches(rows, 2 * runs[0][1].batch, torch.Generator().manual_seed(0))
+    assert 1 in map(len, itertools.islice(groups, 6)), "one batch of the run is too small for two"
+    port = str(random.randrange(20000, 60000))
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+    told = json.dumps([(name, dataclasses.asdict(config)) for name, config in runs])
+    argv = [sys.executable, "-c", TWO, told, str(tmp_path)]
+    two = [subprocess.Popen(argv, cwd=HERE, env=env | {"RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(600) for process in two] == [0, 0]
+    for i, (name, config) in enumerate(runs):
+        a, b = (torch.load(tmp_path / f"{i}_{rank}") for rank in range(2))
+        assert all(torch.equal(a[key], b[key]) for key in a), f"{name}: they learned different things"
+        if name in ("sft", "reward_model") or name == "dpo" and not config.online and config.loss == "dpo":
+            one = sys.modules[name].train(replace(config, batch=2 * config.batch))["model"].state_dict()
+            far = max((a[key] - one[key]).abs().max().item() for key in a)
+            assert far < 1e-4, f"{name}: {far}"
+
+
+def test_torchrun(tmp_path):
+    """Both take part, one speaks and writes."""
+    config = small_runs(tmp_path)["ppo"]
+    flags = [x for name in ("init", "reward", "data", "out", "steps", "answers", "batch", "max_new")
+             for x in ("--" + name, str(getattr(config, name)))]
+    done = run_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ppo.py", *flags,
+                      timeout=600)
+    assert done.returncode == 0, done.stderr
+    said = [done.stdout.count(word) for word in ("ppo: ", "first ratio 1.000, KL 0.000", "(target ")]
+    assert said == [1, 1, 1]
+    assert (tmp_path / "ppo/metrics.csv").read_text().count("\n") == 4 and M.load(tmp_path / "ppo")
 
 
 # ---------------------------------------------------------------------------------- test_all.py

@@ -693,7 +693,7 @@ def attacked(row, response):
 # truth through noise, so that two of them disagree on a good quarter of the pairs, and they are flattered by
 # flattery. Gold is not.
 
-KEEN, VAIN = 4.2, 0.9
+KEEN, VAIN = 4.0, 0.9
 
 
 def praise(text):
