@@ -386,7 +386,8 @@ def train(config):
     else:                                           # how much better does the judge like the new answers?
         old = {id(row): text for row, text in items}
         new = own_answers(final, tokenizer, [row for row, _ in items], 1, config, generator)
-        says = compare(model, tokenizer, [(r, y, old[id(r)]) for r, y in new], rules, config, generator)
+        new = [(row, text, old[id(row)]) for row, text in new]              # none, if no answer ended
+        says = compare(model, tokenizer, new, rules, config, generator) if new else torch.tensor([[0.0, 1.0]])
         before, after = {"judge": 0.5}, {"judge": preference(says).mean().item()}
     said = {}
     for key, (sign, bound) in [(key, TARGETS[key]) for key in TARGETS if key in after]:

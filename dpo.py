@@ -312,7 +312,7 @@ def fit(model, reference, tokenizer, rows, held, judge, config, log):
         for step in range(config.steps):
             for group in optim.param_groups:
                 group["lr"] = config.lr * schedule(step, config.steps)
-            if step % -(-config.steps // 10) == 0:
+            if step % -(-config.steps // 6) == 0:
                 found = probe(model, reference, tokenizer, held, config)
             for _ in range(config.accumulate):
                 # 1 batch
