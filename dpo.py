@@ -44,8 +44,8 @@ class Config:
     lora: int = 0             # train adapters of this rank instead of the weights; wants a higher lr
     beta: float = 0.0         # strength of the leash to the reference (0: see LOSSES)
     noise: float = 0.1        # cdpo, robust: the share e of labels thought to be wrong
-    gamma: float = 1.0        # simpo: the margin that the winner's reward should have
-    odds: float = 1.0         # orpo: weight lambda of the odds ratio
+    gamma: float = 0.5        # simpo: the margin that the winner's reward should have
+    odds: float = 4.0         # orpo: weight lambda of the odds ratio
     aversion: float = 1.0     # kto: weight of bad answers over good ones, lambda_U / lambda_D
     flip: bool = False        # prefer the rejected answers
     drop: bool = False        # leave out rows longer than the context (without it they are an error)
@@ -117,13 +117,13 @@ LOSSES = {  #                     uses                  beta lr    pairs  refer.
     "cdpo":     Method(cdpo,     ("beta", "noise"),    0.5, 5e-4, True,  True,  False, False),
     "robust":   Method(robust,   ("beta", "noise"),    0.5, 5e-4, True,  True,  False, False),
     "ipo":      Method(ipo,      ("beta",),            0.1, 5e-4, True,  True,  False, False),
-    "slic":     Method(slic,     ("beta",),            0.1, 5e-4, True,  True,  False, False),
-    "kto":      Method(kto,      ("beta", "aversion"), 0.1, 5e-4, False, True,  False, False),
-    "orpo":     Method(orpo,     ("odds",),            1.0, 5e-4, True,  False, False, False),
-    "simpo":    Method(simpo,    ("beta", "gamma"),    2.0, 5e-4, True,  False, False, False),
-    "apo_zero": Method(apo_zero, ("beta",),            0.1, 5e-4, True,  True,  False, False),
-    "apo_down": Method(apo_down, ("beta",),            0.1, 5e-4, True,  True,  False, False),
-    "sppo":     Method(sppo,     ("beta",),            0.1, 5e-4, True,  True,  True,  True),
+    "slic":     Method(slic,     ("beta",),            0.4, 5e-4, True,  True,  False, False),
+    "kto":      Method(kto,      ("beta", "aversion"), 0.5, 2e-4, False, True,  False, False),
+    "orpo":     Method(orpo,     ("odds",),            1.0, 1e-4, True,  False, False, False),
+    "simpo":    Method(simpo,    ("beta", "gamma"),    2.0, 1e-4, True,  False, False, False),
+    "apo_zero": Method(apo_zero, ("beta",),            0.5, 2e-4, True,  True,  False, False),
+    "apo_down": Method(apo_down, ("beta",),            0.5, 1e-4, True,  True,  False, False),
+    "sppo":     Method(sppo,     ("beta",),            0.1, 3e-4, True,  True,  True,  True),
 }
 
 # ---------------------------------------------------------------- data
