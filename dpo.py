@@ -10,7 +10,7 @@ likelihood, and two stages become one loss (Rafailov et al. 2023, 2305.18290, eq
 By hand: pi gives y_w 0.03 where pi_ref gives 0.02, and y_l 0.15 where it gives 0.12. The log-ratios are 0.405
 and 0.223, their difference 0.182; at beta 0.1 the loss is 0.684, below ln 2 = 0.693, where each run starts.
 
-    python dpo.py                   out/sft -> out/dpo on data/preferences.jsonl, 53 s: gold 0.68 -> 0.83
+    python dpo.py                   out/sft -> out/dpo on data/preferences.jsonl, 43 s: gold 0.66 -> 0.78
     python dpo.py --loss kto        another loss: the table LOSSES is a map of the family, not a ladder
     python dpo.py --rounds 3        thrice: answer twice, out/reward_model judges, learn; --online: every step
     python dpo.py --data data/style.jsonl --steps 30 --out out/style    style, too; --flip turns it

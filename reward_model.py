@@ -9,7 +9,7 @@ depend on the difference. So r learns what makes annotators say yes: what is goo
 By hand: r(A) = 1.2, r(B) = 0.8, and B is preferred. sigma(0.8 - 1.2) = 0.401, the loss is -log 0.401 = 0.913,
 and its gradient pushes r(B) up and r(A) down by 1 - 0.401 = 0.599 each.
 
-    python reward_model.py                     pairs -> out/reward_model, 60 s: gold order 0.53 -> 0.76
+    python reward_model.py                     pairs -> out/reward_model, 54 s: gold order 0.61 -> 0.76
     python reward_model.py --kind ranked       four answers, best first (and the same as pairs, to compare)
     python reward_model.py --kind outcome      is a solution right, judged at its end
     python reward_model.py --kind process      is each of its steps right (and outcome, to compare)
