@@ -181,7 +181,7 @@ def collate(items, tokenizer, device):
 Step = namedtuple("Step", "i round id principle before critique after")    # after: "" if it is fine
 
 def improve(model, tokenizer, items, rules, config, generator):
-    """items are (row, answer) -> answers after each round, all Steps. Who meets no flaw in a round is done."""
+    """items are (row, answer) -> answers after each round, all Steps. Who meets no flaw is done."""
     rounds, steps, going = [[text for _, text in items]], [], [*range(len(items))]
     for r in range(config.revisions):
         texts, waiting = [*rounds[-1]], going
@@ -253,7 +253,8 @@ def show_process(items, steps, say):
     i = next((s.i for s in steps if s.after), 0)
     told = [("prompt", studybuddy.flat(items[i][0]["prompt"])), ("answer", items[i][1])]
     for s in [s for s in steps if s.i == i]:
-        told += [("principle", s.principle), ("critique", s.critique)] + [("revision", s.after)] * bool(s.after)
+        told += [("principle", s.principle), ("critique", s.critique)]
+        told += [("revision", s.after)] if s.after else []
     for name, text in told:
         say(textwrap.fill(f"{name:>9}  {' '.join(text.split())}", 79, subsequent_indent=" " * 11))
 

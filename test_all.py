@@ -15,6 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -237,6 +238,15 @@ def test_vocabulary():
         assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     text = (world.HERE / "web.txt").read_text()[:100000]
     assert tokenizer.decode(tokenizer.encode(text, allowed_special="all")) == text
+
+def test_picture():
+    """Every checkpoint is drawn: the better the higher, the farther from the first the more to the right."""
+    card = lambda kl, gold: dict(kl=kl, gold=gold, gold_low=gold - 0.1, gold_high=gold + 0.05)
+    drawn = ElementTree.fromstring(world.draw({"out/a": card(0.0, 0.5), "b/": card(9.0, 0.9), "c": card(2.0, 0.7)}))
+    names = [e.text for e in drawn.iter() if e.text in ("a", "b", "c")]
+    x, y = ([float(e.get(k)) for e in drawn.iter() if e.tag.endswith("circle")] for k in ("cx", "cy"))
+    assert names == ["a", "b", "c"] and x[0] < x[2] < x[1] and y[0] > y[2] > y[1]
+
 
 # ---------------------------------------------------------------------------------------------- model.py
 
@@ -3371,7 +3381,8 @@ SABOTAGE = [
      "the judge is read too early"),
     ("cai.py", " * rewards.shape[1] / (rewards.shape[1] - 1)", "", "leave-one-out without its scale"),
     ("cai.py", "(1 - p) * F.logsigmoid(-h)", "(1 - p) * F.logsigmoid(h)", "labels below 1 are not heard"),
-    ("cai.py", ".sum() / average(batch[2].sum().float())", ".mean()", "SL loss is averaged over padding, too"),
+    ("cai.py", ".sum() / average(batch[2].sum().float())", ".mean()",
+     "SL loss is averaged over padding, too"),
 
     ("data/studybuddy.py", 'if acts["repeat"] or len(', "if len(", "the judge pays for repetition"),
     ("data/studybuddy.py", "helpful * harmless * honest", "helpful * harmless", "gold forgets honesty"),

@@ -1094,7 +1094,8 @@ def generate(folder=HERE):
     lines("prompts.jsonl", [rl_row(rng) for _ in range(1500)])
     lines("exam.jsonl", make_exam(Random(7)))
     five = ["learn", "age", "true", "curious", "unsure"]
-    for name, ids in {"constitution": five,   # and three to see fail: vague, in conflict with itself, with a gap
+    # and three constitutions to see fail: vague, in conflict with itself, with a gap
+    for name, ids in {"constitution": five,
                       "constitution_vague": ["vague"], "constitution_conflict": ["contrary", "learn", "age"],
                       "constitution_gap": ["learn", "true"]}.items():
         rules = [{"id": id, "principle": PRINCIPLES[id][0]} for id in ids]
@@ -1102,7 +1103,7 @@ def generate(folder=HERE):
 
 # ---------------------------------------------------------------------------------- 10. its vocabulary
 
-# How a text is cut before tokens are looked for: WORD, for all alphabets. Then ChatML as a template of Jinja's.
+# How a text is cut before tokens are looked for: WORD, for all alphabets. Then ChatML, in Jinja's template.
 PIECES = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
@@ -1221,20 +1222,22 @@ def draw(cards):
     """Gold against KL from the first checkpoint, as an SVG picture: what each method paid for what it got."""
     kls = [max(c["kl"], 0.0) for c in cards.values()]
     x = lambda kl: 60 + 560 * (kl / max(*kls, 0.1)) ** 0.5                 # a root: most are close to 0
-    y = lambda gold: 340 - 320 * gold
+    low = math.floor(10 * min(c["gold_low"] for c in cards.values())) / 10
+    y = lambda gold: 340 - 320 * (gold - low) / (1 - low)
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 400" font-family="sans-serif" '
            'font-size="13">', '<rect width="760" height="400" fill="white"/>']
-    for gold in (0, 0.2, 0.4, 0.6, 0.8, 1):
+    for gold in (i / 10 for i in range(round(10 * low), 11)):
         out.append(f'<path d="M60 {y(gold):.0f}H700" stroke="#ddd"/>'
                    f'<text x="52" y="{y(gold) + 4:.0f}" text-anchor="end">{gold:.1f}</text>')
-    for kl in (0, 0.5, 2, 5, 10, 20, 40, 80):
+    for kl in (0, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 40, 80):
         if kl <= max(kls):
             out.append(f'<text x="{x(kl):.0f}" y="360" text-anchor="middle">{kl:g}</text>')
-    for (name, c), kl in zip(cards.items(), kls):
-        low, high = y(c["gold_low"]), y(c["gold_high"])
-        out.append(f'<path d="M{x(kl):.0f} {low:.0f}V{high:.0f}" stroke="#e07b39" stroke-width="2"/>'
+    for i, ((name, c), kl) in enumerate(zip(cards.items(), kls)):
+        bar = f"M{x(kl):.0f} {y(c['gold_low']):.0f}V{y(c['gold_high']):.0f}"
+        out.append(f'<path d="{bar}" stroke="#e07b39" stroke-width="2"/>'
                    f'<circle cx="{x(kl):.0f}" cy="{y(c["gold"]):.0f}" r="5" fill="#e07b39"/>'
-                   f'<text x="{x(kl) + 9:.0f}" y="{y(c["gold"]) + 4:.0f}">{Path(name).name}</text>')
+                   f'<text x="{x(kl) + 8:.0f}" y="{y(c["gold"]) + (16, -6)[i % 2]:.0f}">'
+                   f'{name.strip("/").removeprefix("out/")}</text>')
     out.append('<text x="380" y="388" text-anchor="middle">KL from SFT, nats an answer</text>'
                '<text x="60" y="14">gold (bars: 95% of 200 resamplings of the exam)</text></svg>')
     return "\n".join(out) + "\n"
