@@ -242,7 +242,8 @@ def test_vocabulary():
 def test_picture():
     """Every checkpoint is drawn: the better the higher, the farther from the first the more to the right."""
     card = lambda kl, gold: dict(kl=kl, gold=gold, gold_low=gold - 0.1, gold_high=gold + 0.05)
-    drawn = ElementTree.fromstring(world.draw({"out/a": card(0.0, 0.5), "b/": card(9.0, 0.9), "c": card(2.0, 0.7)}))
+    cards = {"out/a": card(0.0, 0.5), "b/": card(9.0, 0.9), "c": card(2.0, 0.7)}
+    drawn = ElementTree.fromstring(world.draw(cards))
     names = [e.text for e in drawn.iter() if e.text in ("a", "b", "c")]
     x, y = ([float(e.get(k)) for e in drawn.iter() if e.tag.endswith("circle")] for k in ("cx", "cy"))
     assert names == ["a", "b", "c"] and x[0] < x[2] < x[1] and y[0] > y[2] > y[1]
