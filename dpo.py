@@ -13,7 +13,7 @@ and 0.223, their difference 0.182; at beta 0.1 the loss is 0.684, below ln 2 = 0
     python dpo.py                   out/sft -> out/dpo on data/preferences.jsonl, 43 s: gold 0.66 -> 0.78
     python dpo.py --loss kto        another loss: the table LOSSES is a map of the family, not a ladder
     python dpo.py --rounds 3        thrice: answer twice, out/reward_model judges, learn; --online: every step
-    python dpo.py --data data/style.jsonl --steps 30 --lr 2e-4    style; with --flip the other
+    python dpo.py --data data/style.jsonl --steps 30 --lr 2e-4 --out out/style    style; --flip: the other
     python dpo.py --init SmolLM2-135M --data mine.jsonl --lr 5e-6 --device cuda --out out/mine
 
 Simplified: one short run; the reference stays what we started from, in --rounds too (iterative DPO and SPPO

@@ -1220,6 +1220,7 @@ def show(cards):
 
 def draw(cards):
     """Gold against KL from the first checkpoint, as an SVG picture: what each method paid for what it got."""
+    names = [folder.strip("/").removeprefix("out/") for folder in cards]
     kls = [max(c["kl"], 0.0) for c in cards.values()]
     x = lambda kl: 60 + 560 * (kl / max(*kls, 0.1)) ** 0.5                 # a root: most are close to 0
     low = math.floor(10 * min(c["gold_low"] for c in cards.values())) / 10
@@ -1232,13 +1233,13 @@ def draw(cards):
     for kl in (0, 0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 10, 20, 40, 80):
         if kl <= max(kls):
             out.append(f'<text x="{x(kl):.0f}" y="360" text-anchor="middle">{kl:g}</text>')
-    for i, ((name, c), kl) in enumerate(zip(cards.items(), kls)):
+    for i, (c, kl) in enumerate(zip(cards.values(), kls)):
         bar = f"M{x(kl):.0f} {y(c['gold_low']):.0f}V{y(c['gold_high']):.0f}"
         out.append(f'<path d="{bar}" stroke="#e07b39" stroke-width="2"/>'
                    f'<circle cx="{x(kl):.0f}" cy="{y(c["gold"]):.0f}" r="5" fill="#e07b39"/>'
                    f'<text x="{x(kl) + 8:.0f}" y="{y(c["gold"]) + (16, -6)[i % 2]:.0f}">'
-                   f'{name.strip("/").removeprefix("out/")}</text>')
-    out.append('<text x="380" y="388" text-anchor="middle">KL from SFT, nats an answer</text>'
+                   f'{names[i]}</text>')
+    out.append(f'<text x="380" y="388" text-anchor="middle">KL from {names[0]}, nats an answer</text>'
                '<text x="60" y="14">gold (bars: 95% of 200 resamplings of the exam)</text></svg>')
     return "\n".join(out) + "\n"
 
