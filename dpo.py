@@ -210,8 +210,7 @@ def answer_logps(model, tokenizer, rows):
     ids = pad([x + y for x, y in both], special(tokenizer, PAD))            # (2B, T) x y_w, x y_l, x y_w, ...
     real = pad([[1] * len(x + y) for x, y in both], 0).bool()               # False at padding
     answer = pad([[0] * len(x) + [1] * len(y) for x, y in both], 0).bool()  # True at y and its end token
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logps = token_logps(model, ids.to(device), real.to(device), answer.to(device))      # (2B, T)
+    logps = token_logps(model, ids.to(device), real.to(device), answer.to(device))          # (2B, T)
     return logps.sum(1).view(-1, 2), answer.sum(1).view(-1, 2).to(device)
 
 @torch.no_grad()

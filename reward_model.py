@@ -42,8 +42,8 @@ class Config:
     out: str = ""             # write here (default: see KINDS)
     steps: int = 0            # optimiser steps (0: see KINDS)
     lr: float = 0.0           # peak learning rate (0: see KINDS)
-    batch: int = 32           # examples a step: pairs, rankings, solutions, ...
-    accumulate: int = 2       # cut a batch into so many parts of rows of similar length: little is padding
+    batch: int = 32           # examples a batch: pairs, rankings, solutions, ...
+    accumulate: int = 1       # batches a step
     lora: int = 0             # train adapters of this rank instead of the weights; wants a higher lr
     center: float = 0.0       # pairs: weight of the penalty (r_w + r_l)^2
     held: int = 6             # one prompt in so many is held out
@@ -152,7 +152,7 @@ def read(model, tokenizer, rows):
         return scores.gather(1, at.expand(-1, -1, scores.shape[-1]))                      # (N, S, k)
     hidden = model.hidden(ids, real).gather(1, at.expand(-1, -1, model.config.d_model))   # (N, S, C)
     letters = [tokenizer.encode_ordinary(letter)[-1] for letter in "AB"]
-    return model.head(hidden).float().log_softmax(-1)[..., letters]                       # (N, S, 2)
+    return model.head(hidden).log_softmax(-1)[..., letters]                       # (N, S, 2)
 
 # ---------------------------------------------------------------- the maths
 
@@ -220,7 +220,7 @@ def gradient_x_input(model, ids, at):
 # control: a kind that is trained on the same data, to compare. targets: what AFTER must reach.
 Kind = namedtuple("Kind", "data out steps lr heads examples loss control targets")
 KINDS = {
-    "pairs": Kind("preferences", "reward_model", 160, 2e-3, 1, pair_examples,
+    "pairs": Kind("preferences", "reward_model", 200, 1e-3, 1, pair_examples,
                   lambda r, z, config: bradley_terry_loss(r[:, 0], r[:, 1], z[:, 0], config.center), None,
                   {"gold_order": 0.85, "of_ceiling": 0.95, "calibration": 0.05, "flattery": 0.2}),
     "ranked": Kind("rankings", "reward_ranked", 80, 2e-3, 1, lambda row: [(candidates(row), [])],
@@ -356,26 +356,31 @@ def batch_loss(model, tokenizer, batch, config):
     labels = pad([e.label for e in batch], -1.0).to(scores.device)                        # (B, L)
     return KINDS[config.kind].loss(scores.view(len(batch), -1), labels, config)
 
+def batches(rows, size, generator):
+    """Endless batches of row numbers: rows of similar length, so that little is padding, with noise to mix"""
+    lengths, size = torch.tensor([max(len(ids) for ids, _ in e.rows) for e in rows]), min(size, len(rows))
+    while True:
+        order = (lengths * (1 + 0.1 * torch.rand(len(rows), generator=generator))).argsort().tolist()
+        for g in torch.randperm(len(rows) // size, generator=generator).tolist():
+            yield order[g * size:(g + 1) * size]
+
 def fit(model, tokenizer, rows, config, log):
     add_lora(model, config.lora)
     optim, generator = optimizer(model, config.lr), torch.Generator().manual_seed(config.seed)
-    queue, step, device, whole = [], 0, torch.device(config.device).type, config.batch * PROCESSES
+    numbers = batches(rows, config.batch * config.accumulate * PROCESSES, generator)
     terms = lambda part: sum(len(e.label) or 1 for e in part)             # what their loss is the mean of
     try:
         for step in range(config.steps):
             for group in optim.param_groups:
                 group["lr"] = config.lr * schedule(step, config.steps)
 
-            # 1 batch: each row once, then all over again
-            while len(queue) < whole:
-                queue += torch.randperm(len(rows), generator=generator).tolist()
-            batch, queue, total = [rows[i] for i in queue[:whole]], queue[whole:], 0.0
-            batch = portion(sorted(batch, key=lambda e: max(len(ids) for ids, _ in e.rows)))
-            size, count = math.ceil(len(batch) / config.accumulate), average(float(terms(batch)))
-            for part in (batch[i:i + size] for i in range(0, len(batch), size)):
-                # 2 score, 3 loss: the mean over the batch
-                with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                    loss = batch_loss(model, tokenizer, part, config) * terms(part) / count
+            # 1 batch
+            batch = portion([rows[i] for i in next(numbers)])
+            count, total = average(float(terms(batch))), 0.0
+            for i in range(0, len(batch), config.batch):
+                # 2 score, 3 loss: the mean over the step
+                part = batch[i:i + config.batch]
+                loss = batch_loss(model, tokenizer, part, config) * terms(part) / count
                 loss.backward()
                 total += loss.item()
 

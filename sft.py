@@ -275,15 +275,14 @@ def fit(model, tokenizer, rows, config, kind, log, teacher=None):
             micro = [collate(part, tokenizer, config.device) for part in parts if part]
             count, total = average(float(sum(trained[:, 1:].sum() for _, _, trained in micro))), 0.0
             for ids, real, trained in micro:                         # (B, T)
-                with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-                    # 2 score: log pi(y_t | y_<t) at the trained tokens, 3 loss
-                    if teacher is None:
-                        loss = sft_loss(token_logps(model, ids, real, trained), trained, count)
-                    else:
-                        at = trained[:, 1:]                          # (B, T-1) position t predicts token t+1
-                        with torch.no_grad():
-                            target = teacher.head(teacher.hidden(ids, real)[:, :-1][at])      # (N, V)
-                        loss = distill_loss(model.head(model.hidden(ids, real)[:, :-1][at]), target, count)
+                # 2 score: log pi(y_t | y_<t) at the trained tokens, 3 loss
+                if teacher is None:
+                    loss = sft_loss(token_logps(model, ids, real, trained), trained, count)
+                else:
+                    at = trained[:, 1:]                          # (B, T-1) position t predicts token t+1
+                    with torch.no_grad():
+                        target = teacher.head(teacher.hidden(ids, real)[:, :-1][at])      # (N, V)
+                    loss = distill_loss(model.head(model.hidden(ids, real)[:, :-1][at]), target, count)
                 loss.backward()
                 total, tokens = total + loss.item(), tokens + int(real.sum())
 

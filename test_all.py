@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import cai
 import dpo
@@ -478,6 +479,30 @@ def test_scored_is_what_was_sampled(tok):
         s = sampled(tok, model=model, temperature=temperature, n=4)
         assert torch.allclose(M.token_logps(model, s.ids, s.mask, s.answer, temperature), s.logps, atol=1e-5)
     assert not torch.allclose(M.token_logps(model, s.ids, s.mask, s.answer), s.logps, atol=1e-2)
+
+
+def test_shared_prompts_go_through_once(tok):
+    """Four answers a prompt: the log-probs and gradients of rows that go through alone, for less work."""
+    model = tiny_model()
+    s, grads, work = sampled(tok, model=model, n=4), [], []
+    weights = torch.randn(s.ids.shape)
+    hook = model.embed.register_forward_hook(lambda module, args, out: work.append(args[0].numel()))
+    together = M.token_logps(model, s.ids, s.mask, s.answer)
+    hook.remove()
+    alone = []
+    for ids, mask, answer in zip(s.ids, s.mask, s.answer):
+        table = model(ids[mask][None])[0].log_softmax(-1)                   # no padding, no cache
+        logps = F.pad(table[:-1].gather(1, ids[mask][1:, None])[:, 0], (1, 0))
+        alone.append(torch.zeros(len(ids)).masked_scatter(mask, logps) * answer)
+    alone = torch.stack(alone)
+    for logps in (together, alone):
+        model.zero_grad()
+        (logps * weights).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
+    assert sum(work) == 4 * 12 + 16 * (s.ids.shape[1] - 12)                 # 4 prompts of 12, padding included
+    assert torch.equal(M.token_logps(model, s.ids[:1], s.mask[:1], s.answer[:1])[0] != 0, s.answer[0])
 
 
 def test_greedy_left_padded_equals_alone(tok):
@@ -3224,6 +3249,28 @@ def test_adapters_change_little_and_are_merged(name, tmp_path, monkeypatch):
     assert torch.equal(loaded(ids), model(ids))
 
 
+@pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo", "cai"])
+def test_bfloat16_products(name, tmp_path, monkeypatch):
+    """--bf16 does on a CPU what a GPU does: about the same loss, and weights that stay float32."""
+    losses, config = [], small_runs(tmp_path, save=False)[name]
+    for devices in [], ["cpu"]:
+        monkeypatch.setattr(M, "BF16", devices)
+        results = sys.modules[name].train(replace(config, steps=1))
+        assert {t.dtype for t in results["model"].state_dict().values()} == {torch.float32}
+        losses.append([row["loss"] for row in results.get("log", [{"loss": results["before"].get("loss", 0)}])])
+    assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=0.05)
+    model, ids = M.load(tmp_path / "init")[0], torch.arange(600, 640).view(4, 10)
+    rough = model(ids)
+    monkeypatch.setattr(M, "BF16", [])
+    assert 0 < (rough - model(ids)).abs().max() < 0.1 and rough.dtype == torch.float32
+
+
+def test_bf16_is_a_flag_of_every_script(monkeypatch):
+    monkeypatch.setattr(M, "BF16", ["cuda"])
+    assert M.parse(dpo.Config, "", []) == M.parse(dpo.Config, "", ["--bf16"]) == dpo.Config()
+    assert M.BF16 == ["cuda", "cpu"]
+
+
 TWO = """
 import json, sys, torch
 import model as M, cai, dpo, grpo, ppo, reward_model, sft
@@ -3292,9 +3339,10 @@ SABOTAGE = [
     ("model.py", 'gate="mlp.gate_proj", up="mlp.up_proj"', 'gate="mlp.up_proj", up="mlp.gate_proj"',
      "checkpoints: gate and up are swapped"),
     ("model.py", "- self.mean  ", "+ self.mean  ", "the reward's mean is added"),
-    ("model.py", "[:, :-1][wanted]).float() / temperature", "[:, :-1][wanted]).float()",
+    ("model.py", "[:, :-1][wanted]) / temperature", "[:, :-1][wanted])",
      "log-probs without the sampling temperature"),
-    ("model.py", "ids[:, 1:][wanted]", "ids[:, :-1][wanted]", "each token is predicted from itself"),
+    ("model.py", "ids[:, P:][wanted]", "ids[:, P - 1:-1][wanted]", "each token is predicted from itself"),
+    ("model.py", "cache)[copy, -1:]", "cache)[copy.sort()[0], -1:]", "answers behind another row's prompt"),
     ("model.py", "(before < top_p)", "(p.cumsum(-1) < top_p)", "top-p leaves out its last token"),
     ("model.py", "(stop.cumsum(1) - stop.long() == 0)", "(stop.cumsum(1) == 0)",
      "sampled end tokens are not trained"),
