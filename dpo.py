@@ -19,7 +19,7 @@ and 0.223, their difference 0.182; at beta 0.1 the loss is 0.684, below ln 2 = 0
 Simplified: one short run; the reference stays what we started from, in --rounds too (iterative DPO and SPPO
 move it). Try next: --beta 0.01 and 1, and compare kl; your own loss as one more line of LOSSES.
 """
-import copy, os, re, time
+import copy, time
 from collections import namedtuple
 from dataclasses import asdict, dataclass, replace
 
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from data import studybuddy
 from model import (END, PAD, PROCESSES, RANK, Log, UserError, add_lora, average, clip, load, load_scalar,
                    main, merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save,
-                   schedule, special, to_messages, token_logps, write_results)
+                   schedule, special, split_pair, to_messages, token_logps, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -134,28 +134,17 @@ Row = namedtuple("Row", "prompt first second good raw")
 def length(row):
     return len(row.prompt) + max(len(row.first), len(row.second))
 
-def turns(text):
-    """A prompt as text -> messages. "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF) is several turns."""
-    if not text.startswith("\n\nHuman:"):
-        return to_messages(text)
-    parts, roles = re.split(r"\n\n(Human|Assistant):", text)[1:], {"Human": "user", "Assistant": "assistant"}
-    said = [dict(role=roles[who], content=what.strip()) for who, what in zip(parts[::2], parts[1::2])]
-    return said if said[-1]["content"] else said[:-1]           # a last "Assistant:" asks for the answer
-
 def judgements(row):
     """SEAM: your own format goes here. A row of JSON -> messages of the prompt, {True: liked, False: not}"""
     if "label" in row:
         prompt, answers = row["prompt"], {{True: True, False: False}[row["label"]]: row["completion"]}
-    elif "prompt" in row:
-        prompt, answers = row["prompt"], {True: row["chosen"], False: row["rejected"]}
-    else:                                                       # the prompt is what both begin with
-        a, b, mark = row["chosen"], row["rejected"], "\n\nAssistant:"
-        n = os.path.commonprefix([a, b]).rindex(mark) + len(mark) if isinstance(a, str) else len(a) - 1
-        prompt, answers = a[:n], {True: a[n:], False: b[n:] if b[:n] == a[:n] else ""}
+    else:
+        prompt, *both = split_pair(row)
+        answers = dict(zip((True, False), both))
     for good, answer in answers.items():                        # text, or one message of the assistant
         text = answer if isinstance(answer, str) else {m["role"]: m["content"] for m in answer}["assistant"]
         answers[good] = text.strip()
-    return turns(prompt) if isinstance(prompt, str) else prompt, answers
+    return to_messages(prompt), answers
 
 def read_rows(config, tokenizer, context):
     """A file -> rows; `second` is empty where an answer stands alone."""
@@ -290,7 +279,7 @@ def probe(model, reference, tokenizer, held, config):
     kl = (drawn.logps - token_logps(reference, *drawn[:3])).sum(1).mean().item()        # nats an answer
     chosen, rejected, _ = standing(pi, good, pairs)
     found = dict(chosen=chosen, rejected=rejected, accuracy=standing(pi - ref, good, pairs)[2], kl=kl)
-    if "slots" in held[0].raw:
+    if all("slots" in row.raw for row in held):
         gold = [studybuddy.judge(row.raw, *x)["gold"] for row, *x in zip(held, drawn.texts, drawn.ended)]
         found["gold"] = sum(gold) / len(gold)
     return found
@@ -353,7 +342,7 @@ def train(config, judge=None):
     say(f"dpo: {config.loss} on {config.init}, {sum(p.numel() for p in model.parameters()):,} parameters, on "
         f"{config.device}")
     rows = read_rows(config, tokenizer, model.config.max_len)
-    every = max(20, len(rows) // 128)
+    every = max(10, len(rows) // 128)
     held, rows = rows[::every], [row for i, row in enumerate(rows) if i % every]
     if not rows:
         raise UserError(f"{config.data}: one row is held out, so at least 2 are needed")

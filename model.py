@@ -247,8 +247,24 @@ def special(tokenizer, token):
     return ids[token if token in ids else EOT]
 
 def to_messages(prompt):
-    """A prompt is a text or a conversation, a list of {"role", "content"}."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    """A prompt is a conversation, a list of {"role", "content"}, or a text, where HH-RLHF's way of writing,
+    "\\n\\nHuman: ...\\n\\nAssistant: ...", is several turns, and a last "Assistant:" asks for the answer."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if not prompt.startswith("\n\nHuman:"):
+        return [{"role": "user", "content": prompt}]
+    parts, roles = re.split(r"\n\n(Human|Assistant):", prompt)[1:], dict(Human="user", Assistant="assistant")
+    said = [dict(role=roles[who], content=what.strip()) for who, what in zip(parts[::2], parts[1::2])]
+    return said if said[-1]["content"] else said[:-1]
+
+def split_pair(row):
+    """A row with "chosen" and "rejected" -> prompt, chosen, rejected. A prompt that is not given is what both
+    begin with, in HH-RLHF up to the last "Assistant:" that they share: answers can begin alike, too."""
+    a, b, mark = row["chosen"], row["rejected"], "\n\nAssistant:"
+    if "prompt" in row:
+        return row["prompt"], a, b
+    n = os.path.commonprefix([a, b]).rindex(mark) + len(mark) if isinstance(a, str) else len(a) - 1
+    return a[:n], a[n:], b[n:] if b[:n] == a[:n] else ""
 
 def render(tokenizer, messages, reply=False):
     """ChatML -> (ids, loss mask), two lists. Loss is on what the assistant says and its <|im_end|> alone.
@@ -641,7 +657,7 @@ class Log:
             print(" step" + "".join(f"{name[:9]:>10}" for name in names))
         if step % math.ceil(self.steps / 19) == 0 or step == self.steps - 1:
             shown = (self.rows[-1][name] for name in names)
-            shown = "".join(f"{x:10.0f}" if abs(x) >= 1000 else f"{x:10.4f}" for x in shown)
+            shown = "".join(f"{x:10.4f}" if abs(x) < 100 else f"{x:10.1f}" for x in shown)
             print(f"{live}{step:5}{shown}", flush=True)
         elif live:
             left = (time.time() - self.begin) / len(self.rows) * (self.steps - step - 1)

@@ -245,13 +245,13 @@ def show_tokens(r, rewards, advantages, tokenizer, say):
 
 def truth(rows, texts, ended):
     """Gold, where it is known: watched, never trained on."""
-    marks = map(studybuddy.judge, rows, texts, ended) if "slots" in rows[0] else ()
+    marks = map(studybuddy.judge, rows, texts, ended) if all("slots" in row for row in rows) else ()
     return {"gold": mean(mark["gold"] for mark in marks)} if marks else {}
 
 @torch.no_grad()
 def evaluate(policy, reference, score, tokenizer, held, config, against=None):
     """-> report card, [(row, answer, score)]. The world has an exam; your data has its judge."""
-    if "slots" in held[0]:
+    if all("slots" in row for row in held):
         old = against and [(row, text) for row, text, _ in against]
         card, answers = studybuddy.exam(policy, tokenizer, reference, old, config.seed)
         rows, texts = zip(*answers)

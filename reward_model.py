@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from data import studybuddy
 from model import (PAD, PROCESSES, Log, ScalarModel, UserError, add_lora, average, clip, load, main,
                    merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
-                   special, to_messages, write_results)
+                   special, split_pair, to_messages, write_results)
 
 @dataclass(frozen=True)
 class Config:
@@ -67,13 +67,13 @@ class Example(NamedTuple):
 
 def conversation(prompt, reply):
     """A reply is a text or messages: only its own, or those of the prompt too."""
-    reply = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
+    reply = [{"role": "assistant", "content": reply.strip()}] if isinstance(reply, str) else reply
     return to_messages(prompt) + reply if reply[0]["role"] == "assistant" else reply
 
 def candidates(row):
     """SEAM: your own format goes here. One line of JSON -> the chats that were compared, best first."""
-    replies = row["responses"] if "responses" in row else [row["chosen"], row["rejected"]]
-    return [conversation(row.get("prompt", []), reply) for reply in replies]
+    prompt, *replies = [row["prompt"], *row["responses"]] if "responses" in row else split_pair(row)
+    return [conversation(prompt, reply) for reply in replies]
 
 def compare(one, two, verdict="A"):
     """Two answers to a prompt, and the question which is better. -> chat"""
@@ -299,7 +299,7 @@ def biases(model, tokenizer, rows):
     gold = lambda pairs: mean(studybuddy.judge(row, chat[-1]["content"])["gold"] for row, chat in pairs)
     for name, new in changed.items():
         card[name] = mean(margins(model, tokenizer, [(b, a) for (_, a), (_, b) in zip(old, new)])[0])
-        card |= {name + "_gold": gold(new) - gold(old)} if "slots" in rows[0] else {}
+        card |= {name + "_gold": gold(new) - gold(old)} if all("slots" in row for row in rows) else {}
     return card
 
 def on_axes(model, tokenizer, held):

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from data import studybuddy
 from model import (EOT, PAD, PROCESSES, RANK, Log, ModelConfig, Transformer, UserError, add_lora,
                    average, clip, load, load_scalar, main, merge_lora, need, optimizer, pad, read_jsonl,
-                   render, sample, save, schedule, special, to_messages, token_logps, write_results)
+                   render, sample, save, schedule, special, split_pair, to_messages, token_logps, write_results)
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,12 @@ def conversation(row):
     """SEAM: your own format goes here. One row of JSON -> messages, the last one the assistant's."""
     if "messages" in row:
         return row["messages"]
-    reply = row["completion"] if "completion" in row else row["response"]
-    reply = [{"role": "assistant", "content": reply}] if isinstance(reply, str) else reply
-    return to_messages(row["prompt"]) + reply
+    if "chosen" in row:
+        prompt, reply, _ = split_pair(row)
+    else:
+        prompt, reply = row["prompt"], row["completion"] if "completion" in row else row["response"]
+    reply = [{"role": "assistant", "content": reply.strip()}] if isinstance(reply, str) else reply
+    return to_messages(prompt) + reply
 
 
 def read_conversations(path):
@@ -89,8 +92,8 @@ def read_conversations(path):
                 if messages[-1]["role"] != "assistant" or not all(m["content"].strip() for m in messages):
                     raise ValueError
         except (KeyError, TypeError, IndexError, AttributeError, ValueError):
-            raise UserError(f'{path}:{line}: want "messages", or "prompt" with "completion" or "response"; '
-                            "no text may be empty, and the assistant comes last") from None
+            raise UserError(f'{path}:{line}: want "messages", or "prompt" with "completion", "response" or '
+                            '"chosen"; no text may be empty, and the assistant comes last') from None
     return found
 
 

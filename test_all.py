@@ -2237,6 +2237,9 @@ def test_formats_mean_the_same():
             {"chosen": CHAT + SAYS("It is 2."), "rejected": CHAT + SAYS("It is 3.")}]
     for r in same:
         assert dpo.judgements(r) == (CHAT, {True: "It is 2.", False: "It is 3."})
+        assert R.candidates(r) == [CHAT + SAYS("It is 2."), CHAT + SAYS("It is 3.")]
+        assert sft.conversation(r) == CHAT + SAYS("It is 2.")
+    assert M.to_messages(HH) == M.to_messages(HH.removesuffix("\n\nAssistant:")) == M.to_messages(CHAT) == CHAT
     assert dpo.judgements({"prompt": HH, "completion": " No.", "label": False}) == (CHAT, {False: "No."})
     assert dpo.judgements({"prompt": "Hi", "completion": SAYS("Yes."), "label": 1}) == \
         (CHAT[:1], {True: "Yes."})
