@@ -52,7 +52,8 @@ class Config:
     beta: float = 0.1                 # strength of the leash to the SL-CAI model
     rl: bool = False                  # a preference model and policy gradient in place of DPO
     group: int = 4                    # rl: answers to each prompt
-    batch: int = 32                   # rows or pairs a step; answers a step with rl
+    batch: int = 32                   # rows or pairs a batch; answers a batch with rl
+    accumulate: int = 1               # batches a step
     temperature: float = 0.7          # of all sampling: at 1, a tiny model's slips of the pen decide
     max_new: int = 48                 # longest sampled answer in tokens
     seed: int = 0                     # same seed, same machine: same numbers
@@ -299,11 +300,12 @@ def fit(step_of, model, tokenizer, items, labels, config, steps, lr, **more):
         for step in range(steps):
             for group in optim.param_groups:
                 group["lr"] = lr * schedule(step, steps)
-            # 1 batch, 2 score, 3 loss
-            at = torch.randint(len(items), (config.batch,), generator=generator)
-            loss, numbers = step_of(model, tokenizer, [items[i] for i in at], labels[at], config, **more)
+            for _ in range(config.accumulate):
+                # 1 batch, 2 score, 3 loss
+                at = torch.randint(len(items), (config.batch,), generator=generator)
+                loss, numbers = step_of(model, tokenizer, [items[i] for i in at], labels[at], config, **more)
+                (loss / config.accumulate).backward()
             # 4 step, 5 log
-            loss.backward()
             clip(model)
             optim.step()
             optim.zero_grad()
@@ -321,7 +323,8 @@ def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
     if config.rule not in RULES:
         raise UserError(f"--rule {config.rule}: choose one of {', '.join(RULES)}")
-    for flag, least in dict(answers=1, revisions=1, pairs=2, sl_steps=1, steps=1, group=2, batch=1).items():
+    for flag, least in dict(answers=1, revisions=1, pairs=2, sl_steps=1, steps=1, group=2, batch=1,
+                            accumulate=1).items():
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
     torch.manual_seed(config.seed)

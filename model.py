@@ -621,6 +621,9 @@ def parse(Config, doc, argv=None):
                         "fast for real models on a CPU that has instructions for it (avx512_bf16, amx)")
     flags = vars(parser.parse_args(argv))
     BF16.extend(["cpu"] * flags.pop("bf16"))
+    for name, value in flags.items():
+        if name != "seed" and not isinstance(value, str) and value < (least := int(name == "accumulate")):
+            raise UserError(f"--{name} {value}: at least {least} is needed")
     return Config(**flags)
 
 @contextlib.contextmanager

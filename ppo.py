@@ -44,7 +44,8 @@ class Config:
     answers: int = 64                 # B: answers a step
     group: int = 0                    # G: answers to each prompt (0: see ALGORITHMS)
     epochs: int = 0                   # times that each answer is learned from (0: see ALGORITHMS)
-    batch: int = 0                    # answers an optimiser step (0: see ALGORITHMS)
+    batch: int = 0                    # answers a batch (0: see ALGORITHMS)
+    accumulate: int = 1               # batches an optimiser step
     lr: float = 0.0                   # peak learning rate of the policy (0: see ALGORITHMS)
     critic_lr: float = 1e-3           # and of the critic
     lora: int = 0                     # train adapters of this rank on the policy; wants a higher lr
@@ -294,23 +295,24 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
             advantages, returns = advantages_of(rewards, r.values, answer, config, memory)
 
             rhos, losses, value_losses = [], [], []
-            for at in (at for _ in range(config.epochs) for at in order(len(ids)).split(config.batch)):
+            parts = [at for _ in range(config.epochs) for at in order(len(ids)).split(config.batch)]
+            for n, at in enumerate(parts, 1):
                 T = mask[at].sum(1).max()
                 *tokens, old_logp, old_values, A, R = (x[at, :T] for x in (                 # (batch, T) each
                     ids, mask, answer, r.logp, r.values, advantages, returns))
                 # 3 loss: at the temperature that sampled, or rho would not begin at 1
                 logp = token_logps(policy, *tokens, config.temperature)
                 loss = policy_loss(logp, old_logp, A, tokens[2], config.clip)
-                loss.backward()
+                (loss / config.accumulate).backward()
                 losses.append(loss.item())
                 rhos.append((logp.detach() - old_logp)[tokens[2]].exp())                    # (N,)
                 if critic:
                     loss = value_loss(state_values(critic, *tokens), old_values, R, tokens[2], config.clip)
-                    loss.backward()
+                    (loss / config.accumulate).backward()
                     value_losses.append(loss.item())
 
                 # 4 step
-                for model, optim in learners:
+                for model, optim in learners if n % config.accumulate == 0 else ():
                     clip(model)
                     optim.step()
                     optim.zero_grad()
@@ -350,9 +352,10 @@ def train(config, score=None):
                             temperature=0.01).items():
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
-    for flag, size in dict(group=config.group, batch=config.batch).items():
+    updated = config.batch * config.accumulate           # answers an update
+    for flag, size in dict(group=config.group, batch=updated).items():
         if config.answers % size or config.answers < size:
-            raise UserError(f"--answers {config.answers}: not a multiple of --{flag} {size}")
+            raise UserError(f"--answers {config.answers}: not a multiple of {size} (--{flag})")
     torch.manual_seed(config.seed)
     need(config.init, "python sft.py", 25)
     policy, tokenizer = load(config.init, config.device)
@@ -369,7 +372,7 @@ def train(config, score=None):
     cut, size = min(64, len(rows) // 2), sum(p.numel() for p in policy.parameters())
     held, rows = rows[:cut] or rows, rows[cut:]
     say(f"{config.algorithm}: {config.init}, {size:,} parameters, on {config.device}; {len(rows):,} prompts\n"
-        f"a step: {config.answers} answers and {config.epochs * config.answers // config.batch} updates")
+        f"a step: {config.answers} answers, {config.epochs * config.answers // updated} updates")
 
     # BEFORE
     before, old = evaluate(policy, reference, score, tokenizer, held, config)

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from data import studybuddy
 from model import (EOT, PAD, PROCESSES, RANK, Log, ModelConfig, Transformer, UserError, add_lora,
                    average, clip, load, load_scalar, main, merge_lora, need, optimizer, pad, read_jsonl,
-                   render, sample, save, schedule, special, split_pair, to_messages, token_logps, write_results)
+                   render, sample, save, schedule, special, split_pair, to_messages, token_logps,
+                   write_results)
 
 
 @dataclass(frozen=True)
@@ -329,8 +330,7 @@ def train(config):
         if config.distill == "logits" and teachers._mergeable_ranks != tokenizer._mergeable_ranks:
             raise UserError(f"--distill logits: {config.teacher} has another vocabulary than {config.init}")
     size = sum(p.numel() for p in model.parameters())
-    say(f"{mode}: {config.init or 'a fresh model'}, {size:,} parameters, on {config.device}; about "
-        f"{600 if mode == 'pretrain' else 30} seconds on two cores")
+    say(f"{mode}: {config.init or 'a fresh model'}, {size:,} parameters, on {config.device}")
 
     # What to train on. The last run is the one to keep; rejection sampling has its control before it.
     if mode == "pretrain":

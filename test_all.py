@@ -3252,6 +3252,17 @@ def test_adapters_change_little_and_are_merged(name, tmp_path, monkeypatch):
     assert torch.equal(loaded(ids), model(ids))
 
 
+def test_batches_of_a_step_add_up(tmp_path, monkeypatch):
+    """Two batches of 4 answers are a step of 8; all of one length, or the means over tokens would differ, so
+    the end token is one that is hardly ever drawn."""
+    config = replace(small_runs(tmp_path, save=False, steps=1)["ppo"], epochs=1, max_new=6)
+    monkeypatch.setattr(M, "special", lambda tok, token, old=M.special: 5 if token == M.END else old(tok, token))
+    ends = [sys.modules["ppo"].train(replace(config, batch=b, accumulate=a))["model"].state_dict()
+            for b, a in ((8, 1), (4, 2), (4, 1))]
+    far = [max((ends[0][k] - end[k]).abs().max().item() for k in end) for end in ends[1:]]
+    assert far[0] < 1e-5 < 1e-3 < far[1]
+
+
 @pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo", "cai"])
 def test_bfloat16_products(name, tmp_path, monkeypatch):
     """--bf16 does on a CPU what a GPU does: about the same loss, and weights that stay float32."""
@@ -3266,6 +3277,14 @@ def test_bfloat16_products(name, tmp_path, monkeypatch):
     rough = model(ids)
     monkeypatch.setattr(M, "BF16", [])
     assert 0 < (rough - model(ids)).abs().max() < 0.1 and rough.dtype == torch.float32
+
+
+def test_numbers_below_their_least(monkeypatch):
+    for script in (sft, R, ppo, grpo, dpo, cai):
+        for flag, value in ("steps", "-1"), ("lr", "-0.1"), ("accumulate", "0"):
+            if hasattr(script.Config, flag):
+                with pytest.raises(M.UserError, match=f"--{flag} {value}: at least"):
+                    M.parse(script.Config, "", [f"--{flag}={value}"])
 
 
 def test_bf16_is_a_flag_of_every_script(monkeypatch):
