@@ -405,7 +405,7 @@ def train(config):
                     passed=passed)
     if config.save:
         write_results(config.out, log, **results)
-    return results | {"model": final, "sl": pupil, "tokenizer": tokenizer}
+    return results | {"model": final, "sl": pupil, "tokenizer": tokenizer, "log": log.rows}
 
 if __name__ == "__main__":
     main(Config, train, __doc__)

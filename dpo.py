@@ -45,7 +45,7 @@ class Config:
     beta: float = 0.0         # strength of the leash to the reference (0: see LOSSES)
     noise: float = 0.1        # cdpo, robust: the share e of labels thought to be wrong
     gamma: float = 0.5        # simpo: the margin that the winner's reward should have
-    odds: float = 20.0        # orpo: weight lambda of the odds ratio
+    odds: float = 60.0        # orpo: weight lambda of the odds ratio
     aversion: float = 1.0     # kto: weight of bad answers over good ones, lambda_U / lambda_D
     flip: bool = False        # prefer the rejected answers
     drop: bool = False        # leave out rows longer than the context (without it they are an error)
@@ -119,7 +119,7 @@ LOSSES = {  #                     uses                  beta lr    pairs  refer.
     "ipo":      Method(ipo,      ("beta",),            0.1, 5e-4, True,  True,  False, False),
     "slic":     Method(slic,     ("beta",),            0.4, 5e-4, True,  True,  False, False),
     "kto":      Method(kto,      ("beta", "aversion"), 0.5, 2e-4, False, True,  False, False),
-    "orpo":     Method(orpo,     ("odds",),            1.0, 2e-4, True,  False, False, False),
+    "orpo":     Method(orpo,     ("odds",),            1.0, 1e-4, True,  False, False, False),
     "simpo":    Method(simpo,    ("beta", "gamma"),    2.0, 1e-4, True,  False, False, False),
     "apo_zero": Method(apo_zero, ("beta",),            0.5, 2e-4, True,  True,  False, False),
     "apo_down": Method(apo_down, ("beta",),            0.5, 1e-4, True,  True,  False, False),
@@ -389,7 +389,7 @@ def train(config, judge=None):
                    passed=passed)
     if config.save:
         write_results(config.out, log, **results)
-    return results | {"model": model, "tokenizer": tokenizer}
+    return results | {"model": model, "tokenizer": tokenizer, "log": log.rows}
 
 if __name__ == "__main__":
     main(Config, train, __doc__)

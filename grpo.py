@@ -32,7 +32,6 @@ from data import studybuddy
 from model import (RANK, Log, UserError, add_lora, clip, load, main, merge_lora, need, optimizer, portion,
                    read_jsonl, render, sample, save, schedule, to_messages, token_logps, write_results)
 
-
 @dataclass(frozen=True)
 class Config:
     init: str = "out/sft"             # start from this model folder
@@ -56,7 +55,6 @@ class Config:
     save: bool = True                 # write the checkpoint and the results
     quiet: bool = False               # print nothing
 
-
 # ---------------------------------------------------------------- data and rewards
 
 def read_prompts(config, tokenizer, context):
@@ -75,11 +73,9 @@ def read_prompts(config, tokenizer, context):
         raise UserError(f"{config.data}: {len(rows)} prompts with an answer to check; at least 2 are needed")
     return rows
 
-
 NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 CONCLUSION = rf"(?:^|(?<=[.!?] ))(?:The answer is|So it is|That makes) ({NUMBER})\.(?!\S)"
 STEP = rf"(?:^|(?<=[.!?] ))(?:First |Then )?{NUMBER} [+x] {NUMBER} = {NUMBER}\.(?!\S)"
-
 
 def conclusion(response):
     """The number that an answer commits to, or None. One sentence concludes, and outside of it and the steps
@@ -88,22 +84,18 @@ def conclusion(response):
     found, rest = re.findall(CONCLUSION, text), re.sub(f"{STEP}|{CONCLUSION}", "", text)
     return found[0].replace(",", "") if len(found) == 1 and not re.search(r"\d", rest) else None
 
-
 def right(row, response):
     return conclusion(response) == str(row["answer"]).replace(",", "")
-
 
 def reward(row, response):
     """SEAM: your own reward goes here, any float. DeepSeek-R1's had these parts too, correctness and format.
     The steps themselves earn nothing. What the model wrote is compared, never evaluated."""
     return 0.9 * right(row, response) + 0.1 * (conclusion(response) is not None)
 
-
 def naive_reward(row, response):
     """Pays for any answer that contains the number, ended or not. With room for 72 tokens honest work pays
     best. 16 hold the steps but not the conclusion, and RL gives that up: more reward, no more right ones."""
     return float(re.search(rf"(?<!\d){re.escape(str(row['answer']))}(?!\d)", response) is not None)
-
 
 # ---------------------------------------------------------------- the maths
 # P prompts with G answers each, B = P * G answers of T tokens
@@ -116,11 +108,9 @@ def group_advantages(rewards, scale="std"):
         advantages = advantages / rewards.std(1, keepdim=True, correction=0)
     return advantages.where(contrast(rewards)[:, None], 0.0)
 
-
 def contrast(rewards):
     """(P, G) -> (P,): does some answer do better than another?"""
     return rewards.amax(1) > rewards.amin(1)
-
 
 # J_it, what one token is worth. All (B, T); log_rho = log pi - log pi_old, and 0 outside of the mask
 def clipped(logp, log_rho, A, mask, low, high):
@@ -128,23 +118,19 @@ def clipped(logp, log_rho, A, mask, low, high):
     rho = log_rho.exp()
     return torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
 
-
 def clipped_sequence(logp, log_rho, A, mask, low, high):
     """With s_i = (prod_t rho_it)^(1/|o_i|) for rho: the reward is for an answer, so the ratio is too."""
     log_s = log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True)                # (B, 1)
     return clipped(logp, log_s.expand_as(A), A, mask, low, high)
 
-
 def clipped_weight(logp, log_rho, A, mask, low, high):
     """stop_gradient(clip(rho)) A log pi: a weight is clipped, but no token loses its gradient."""
     return log_rho.exp().clamp(1 - low, 1 + high).detach() * A * logp
-
 
 # w_it, how the tokens make a batch. mask (B, T), L the longest answer allowed -> (B, T)
 per_answer = lambda mask, L: mask / mask.sum(1, keepdim=True) / len(mask)  # 1/B 1/|o_i|: dilutes long answers
 per_token = lambda mask, L: mask / mask.sum()                              # 1/sum_i |o_i|: tokens are equal
 constant = lambda mask, L: mask / (len(mask) * L)                          # 1/B 1/L: in all batches
-
 
 class Member(NamedTuple):
     value: Callable          # J_it
@@ -153,7 +139,6 @@ class Member(NamedTuple):
     low: float               # clip at 1 - low
     high: float              #     and 1 + high
     dynamic: bool = False    # look for groups with contrast, and make the last tokens before the limit cost
-
 
 FAMILY = {
     # DeepSeekMath (2402.03300) eq. 3: PPO without a critic.
@@ -171,7 +156,6 @@ FAMILY = {
     "cispo": Member(clipped_weight, per_token, "std", math.inf, 4.0),
 }
 
-
 # L = - sum_it w_it (J_it - beta k3_it),   k3 = ref/pi - log(ref/pi) - 1       DeepSeekMath eqs. 3 and 4
 def grpo_loss(logp, old_logp, advantages, mask, loss="grpo", max_new=1, weights=None, ref_logp=None, beta=0):
     """logp, old_logp, ref_logp, mask (B, T), advantages (B,) -> scalar. On-policy rho is 1 and the gradient
@@ -187,12 +171,10 @@ def grpo_loss(logp, old_logp, advantages, mask, loss="grpo", max_new=1, weights=
         J = J - beta * (log_ref.exp() - log_ref - 1)
     return -((member.weights(mask, max_new) if weights is None else weights) * J).sum()
 
-
 # R(o) = 0 up to L - c tokens, ((L - c) - |o|) / c up to L, -1 beyond                         DAPO eq. 13
 def overlong(lengths, limit, buffer):
     """(B,) -> (B,). A slope up to the limit is easier to learn from than a cliff."""
     return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
-
 
 # pass@k = 1 - C(n - c, k) / C(n, k), where c of n answers are right       Chen et al. 2021 (2107.03374) eq. 1
 def pass_at(hits, k):
@@ -200,12 +182,10 @@ def pass_at(hits, k):
     n = hits.shape[1]
     return mean(1 - math.comb(n - c, k) / math.comb(n, k) for c in hits.long().sum(1).tolist())
 
-
 def majority(votes):
     """What most answers conclude. None does not vote; the first wins a tie. Wang et al. 2022 (2203.11171)"""
     votes = Counter(vote for vote in votes if vote is not None)
     return max(votes, key=votes.get) if votes else None
-
 
 # ---------------------------------------------------------------- groups of answers
 
@@ -215,7 +195,6 @@ class Batch(NamedTuple):
     rewards: torch.Tensor    # (P, G)
     tensors: list            # ids, mask, answer, old_logp, each (B, T)
     drawn: int               # groups that were drawn to find these P
-
 
 def draw_groups(model, tokenizer, rows, config, generator):
     """G answers to each row, and their rewards. What never ends earns nothing, but the naive do not check."""
@@ -229,14 +208,12 @@ def draw_groups(model, tokenizer, rows, config, generator):
         rewards += overlong(s.answer.sum(1).cpu() + ~ended, config.max_new, config.max_new // 4)
     return Batch(rows, s.texts, rewards.view(-1, config.group), [s.ids, s.mask, s.answer, s.logps], len(rows))
 
-
 def join(a, b):
     """Two Batches as one. The narrower gets columns on the right; its masks are False there."""
     T = max(a.tensors[0].shape[1], b.tensors[0].shape[1])
     pairs = [[F.pad(x, (0, T - x.shape[1])) for x in pair] for pair in zip(a.tensors, b.tensors)]
     rewards, tensors = torch.cat([a.rewards, b.rewards]), [torch.cat(pair) for pair in pairs]
     return Batch(a.rows + b.rows, a.texts + b.texts, rewards, tensors, a.drawn + b.drawn)
-
 
 def rollout(model, tokenizer, stream, config, generator):
     """P groups. Dynamic sampling replaces those without contrast, unless some more draws have none either."""
@@ -251,13 +228,11 @@ def rollout(model, tokenizer, stream, config, generator):
     return Batch([batch.rows[i] for i in best], [batch.texts[i] for i in at], batch.rewards[best],
                  [x[at.to(x.device)] for x in batch.tensors], batch.drawn)
 
-
 # ---------------------------------------------------------------- before and after
 
 def line(text, width):
     text = " ".join(text.split())
     return text if len(text) <= width else text[:width - 3] + "..."
-
 
 def show_group(title, batch, i, config, say):
     G, advantages = config.group, group_advantages(batch.rewards, FAMILY[config.loss].scale)
@@ -265,12 +240,10 @@ def show_group(title, batch, i, config, say):
     for text, r, A in zip(batch.texts[i * G:], batch.rewards[i].tolist(), advantages[i].tolist()):
         say(f"{r:8.2f} {A:+9.2f}  {line(text, 60)}")
 
-
 def greedy(model, tokenizer, rows, config):
     """The share of rows that are right without any luck."""
     s = sample(model, tokenizer, [row["ids"] for row in rows], max_new=config.max_new, temperature=0.0)
     return mean(map(right, rows, s.texts))
-
 
 def evaluate(model, tokenizer, sums, world, config, reference=None):
     """-> report card. RL sharpens: pass@1 after is near pass@8 before, so the skill was there, but rare."""
@@ -293,7 +266,6 @@ def evaluate(model, tokenizer, sums, world, config, reference=None):
                    "pass@8": pass_at(hits, 8), "majority@8": vote,
                    "naive@1": mean(map(naive_reward, owners, s.texts)),
                    "sum_length": s.answer.sum().item() / len(owners)}
-
 
 # ---------------------------------------------------------------- training
 
@@ -347,7 +319,6 @@ def fit(model, reference, tokenizer, rows, held, config, log):
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
     merge_lora(model)
 
-
 def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
     for flag, choices in dict(loss=FAMILY, verifier=("strict", "naive")).items():
@@ -395,7 +366,6 @@ def train(config):
     if config.save:
         write_results(config.out, log, **results)
     return results | {"model": model, "tokenizer": tokenizer, "log": log.rows}
-
 
 if __name__ == "__main__":
     main(Config, train, __doc__)

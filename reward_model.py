@@ -17,7 +17,7 @@ and its gradient pushes r(B) up and r(A) down by 1 - 0.401 = 0.599 each.
     python reward_model.py --kind generative   no head: the language model says "A" or "B"
     python reward_model.py --init SmolLM2-135M --data mine.jsonl --lr 2e-5 --device cuda --out out/mine
 
-Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): a tiny backbone, one pass over the data.
+Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): a tiny backbone, a few hundred steps.
 Try next: --center 0.01, and see where the scores stay; --held 2 (half the data); mean() for min() in best_of.
 """
 import itertools, math, re, textwrap, time, zlib
@@ -223,12 +223,12 @@ KINDS = {
     "pairs": Kind("preferences", "reward_model", 200, 1e-3, 1, pair_examples,
                   lambda r, z, config: bradley_terry_loss(r[:, 0], r[:, 1], z[:, 0], config.center), None,
                   {"gold_order": 0.85, "of_ceiling": 0.95, "calibration": 0.05, "flattery": 0.2}),
-    "ranked": Kind("rankings", "reward_ranked", 80, 2e-3, 1, lambda row: [(candidates(row), [])],
+    "ranked": Kind("rankings", "reward_ranked", 100, 1e-3, 1, lambda row: [(candidates(row), [])],
                    lambda r, z, config: plackett_luce_loss(r), "pairs", {"ahead": 0.0}),
-    "outcome": Kind("steps", "reward_outcome", 200, 2e-3, 1,
+    "outcome": Kind("steps", "reward_outcome", 200, 1e-3, 1,
                     lambda row: [(chats, labels[-1:]) for chats, labels in step_examples(row)],
                     lambda r, z, config: outcome_loss(r, z), None, {"accuracy": 0.8}),
-    "process": Kind("steps", "reward_process", 200, 2e-3, 1, step_examples,
+    "process": Kind("steps", "reward_process", 200, 1e-3, 1, step_examples,
                     lambda r, z, config: process_loss(r, z), "outcome", {"first_wrong": 0.8}),
     "multi": Kind("preferences", "reward_multi", 160, 2e-3, 3, multi_examples,
                   lambda r, z, config: outcome_loss(r, z), None, dict.fromkeys(AXES, 0.8)),
@@ -451,7 +451,7 @@ def train(config):
                    passed=passed, cards=cards, tables=tables)
     if config.save:
         write_results(config.out, log, **results)
-    return results | {"model": model, "tokenizer": tokenizer}
+    return results | {"model": model, "tokenizer": tokenizer, "log": log.rows}
 
 if __name__ == "__main__":
     main(Config, train, __doc__)

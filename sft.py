@@ -31,7 +31,6 @@ from model import (EOT, PAD, PROCESSES, RANK, Log, ModelConfig, Transformer, Use
                    render, sample, save, schedule, special, split_pair, to_messages, token_logps,
                    write_results)
 
-
 @dataclass(frozen=True)
 class Config:
     init: str = ""            # start from this model folder (default: see MODES)
@@ -57,7 +56,6 @@ class Config:
     save: bool = True         # write the checkpoint and the results
     quiet: bool = False       # print nothing
 
-
 # target: gold; for best_of and distill, what to add to the rival's gold; for pretrain, held-out loss
 MODES = {  #    init         data                  out            steps batch lr    optimiser target
     "sft":      ("data/base", "data/sft.jsonl",     "out/sft",     80,   3072, 6.5e-4, "adamw", 0.65),
@@ -66,7 +64,6 @@ MODES = {  #    init         data                  out            steps batch lr
     "distill":  ("data/base", "data/prompts.jsonl", "out/distill", 100,  4096, 1e-3, "adamw", -.05),
     "pretrain": ("",          "data/web.txt",       "out/base",    8800, 1024, 5e-3, "muon",  0.50),
 }
-
 
 # ---------------------------------------------------------------- data
 # JSON lines -> conversations (lists of messages) -> rows (ids, mask of the trained ones) -> batches
@@ -82,7 +79,6 @@ def conversation(row):
     reply = [{"role": "assistant", "content": reply.strip()}] if isinstance(reply, str) else reply
     return to_messages(prompt) + reply
 
-
 def read_conversations(path):
     """-> {"path:line": messages}"""
     found, rows = {}, iter(read_jsonl(path))
@@ -96,7 +92,6 @@ def read_conversations(path):
             raise UserError(f'{path}:{line}: want "messages", or "prompt" with "completion", "response" or '
                             '"chosen"; no text may be empty, and the assistant comes last') from None
     return found
-
 
 def examples(conversations, tokenizer, context, cut=False):
     """{where: messages} -> rows. The mask is 1 on what the assistant wrote and on its end token: a model that
@@ -112,7 +107,6 @@ def examples(conversations, tokenizer, context, cut=False):
         print(f"{len(long)} of {len(rows)} rows are cut to the model's {context} tokens")
     return [(ids[:context], mask[:context]) for ids, mask in rows.values()]
 
-
 def documents(texts, tokenizer, context):
     """Pretraining text -> rows: every token is trained on, and each document ends with <|endoftext|>."""
     rows = []
@@ -120,7 +114,6 @@ def documents(texts, tokenizer, context):
         ids = tokenizer.encode(text, allowed_special="all") + [special(tokenizer, EOT)]
         rows += [ids[i:i + context] for i in range(0, len(ids), context)]
     return [(ids, [0] + [1] * (len(ids) - 1)) for ids in rows if len(ids) > 1]    # nothing predicts the first
-
 
 def batches(rows, tokens, generator):
     """Endless batches of at most `tokens` tokens, padding included. Rows of similar length go together, so
@@ -137,14 +130,12 @@ def batches(rows, tokens, generator):
         for g in torch.randperm(len(groups), generator=generator).tolist():
             yield groups[g]
 
-
 def collate(rows, tokenizer, device):
     """Rows -> ids, real, trained, each (B, T), padded on the right."""
     ids = pad([ids for ids, _ in rows], special(tokenizer, PAD))
     real = pad([[1] * len(ids) for ids, _ in rows], 0).bool()        # False at padding
     trained = pad([mask for _, mask in rows], 0).bool()              # m: True at the tokens the loss looks at
     return ids.to(device), real.to(device), trained.to(device)
-
 
 # ---------------------------------------------------------------- the maths
 
@@ -155,7 +146,6 @@ def sft_loss(logps, mask, count=None):
     the denominator of a step of several batches; were each divided by its own, lengths would come back in."""
     return -logps.masked_fill(~mask, 0.0).sum() / (mask.sum() if count is None else count)
 
-
 # L = 1/N sum_n KL(p_T || p_S) = 1/N sum_n sum_v p_T(v) [log p_T(v) - log p_S(v)]
 def distill_loss(student, teacher, count=None):
     """Logits (N, V), one row a trained token -> scalar. Hinton et al. 2015 (1503.02531), temperature 1,
@@ -164,16 +154,13 @@ def distill_loss(student, teacher, count=None):
     log_t, log_s = F.log_softmax(teacher.float(), -1), F.log_softmax(student.float(), -1)     # (N, V)
     return (log_t.exp() * (log_t - log_s)).sum() / (len(student) if count is None else count)
 
-
 # k* = argmax_k r(x, y_k)          (B, K) -> (B,)          Llama 2, section 3.2.3
 def pick_best(scores, generator=None):
     return scores.argmax(1)
 
-
 # k* ~ uniform{1..K}               (B, K) -> (B,)          the control: more training, but no selection
 def pick_random(scores, generator=None):
     return torch.randint(scores.shape[1], (len(scores),), generator=generator)
-
 
 # ---------------------------------------------------------------- answers of a model as data
 
@@ -182,7 +169,6 @@ def reward(row, response):
     if "kind" not in row:
         raise UserError("the judge knows only StudyBuddy's prompts: use --reward with a folder")
     return studybuddy.judge(row, response)["gold"]
-
 
 @torch.no_grad()
 def rewards(rows, chats, config):
@@ -196,7 +182,6 @@ def rewards(rows, chats, config):
         end = trained.int().cumsum(1).argmax(1)                      # (B,) the last answer token, <|im_end|>
         scores.append(judge(ids, real).gather(1, end[:, None])[:, 0].cpu())              # (B, T) -> (B,)
     return torch.cat(scores)
-
 
 def answers_of(author, tokenizer, picks, config, generator, say):
     """The author answers each prompt K times; each of `picks` chooses one. -> {name: conversations}"""
@@ -218,7 +203,6 @@ def answers_of(author, tokenizer, picks, config, generator, say):
             + f"; mean reward {mean:.3f}" * (K > 1))
     return runs
 
-
 # ---------------------------------------------------------------- before and after
 
 def show_example(rows, tokenizer, say):
@@ -228,7 +212,6 @@ def show_example(rows, tokenizer, say):
     say("one row; the loss looks at what stands between « and »")
     say("    " + text.rstrip("\n").replace("\n", "\n    "))
 
-
 @torch.no_grad()
 def held_out_loss(model, tokenizer, rows, config):
     total, count = 0.0, 0
@@ -237,7 +220,6 @@ def held_out_loss(model, tokenizer, rows, config):
         total -= token_logps(model, ids, real, trained).sum().item()
         count += trained[:, 1:].sum().item()
     return total / count
-
 
 def evaluate(model, tokenizer, held, world, config, **versus):
     """-> report card, [(row, answer)]. The world's exam knows what is right; your data has a loss."""
@@ -250,7 +232,6 @@ def evaluate(model, tokenizer, held, world, config, **versus):
     rows = [{"prompt": tokenizer.decode(ids), "kind": i} for i, ids in enumerate(prompts)]
     return card, list(zip(rows, texts))
 
-
 def show_answers(before, after, say):
     """Both answers to the first prompt of each of four kinds."""
     firsts = {}
@@ -260,7 +241,6 @@ def show_answers(before, after, say):
         for name, text in zip(("prompt", "before", "after"), three):
             text = " ".join(text.split())
             say(f"{name:>8}  {text if len(text) <= 70 else text[:67] + '...'}")
-
 
 # ---------------------------------------------------------------- training
 
@@ -303,7 +283,6 @@ def fit(model, tokenizer, rows, config, kind, log, teacher=None):
                 step = max(step, int(config.steps * seconds / (60 * config.minutes)))
     except KeyboardInterrupt:
         print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
-
 
 def train(config):
     started, say = time.time(), (lambda *_: None) if config.quiet else print
@@ -395,8 +374,7 @@ def train(config):
                    passed=passed, cards=cards)
     if config.save:
         write_results(config.out, log, **results)
-    return results | {"model": pupil, "tokenizer": tokenizer}
-
+    return results | {"model": pupil, "tokenizer": tokenizer, "log": log.rows}
 
 if __name__ == "__main__":
     main(Config, train, __doc__)
