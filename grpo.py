@@ -10,7 +10,7 @@ o_1 .. o_G, their rewards r_1 .. r_G and the policy pi_old that gave them:
 
 By hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49, so advantages +0.82 -1.22 +0.82 -1.22 +0.82.
 
-    python grpo.py                     out/sft -> out/grpo, 43 s: greedy 0.12 -> 0.98 (target 0.95)
+    python grpo.py                     out/sft -> out/grpo, 33 s: greedy 0.12 -> 1.00 (target 0.95)
     python grpo.py --loss dapo         or dr_grpo, gspo, cispo: see FAMILY; --epochs 2 makes the ratios matter
     python grpo.py --verifier naive    a verifier with a hole, and what the model does with it: reward hacking
     python grpo.py --init SmolLM2-135M --data mine.jsonl --lr 1e-6 --max-new 200 --device cuda --out out/mine

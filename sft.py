@@ -7,7 +7,7 @@ not write. It gives the model a voice; that one answer is better than another it
 
     L(theta) = - sum_it m_it log pi_theta(y_it | y_i,<t) / sum_it m_it      rows i, positions t of a batch
 
-    python sft.py                      data/base -> out/sft: learn the demonstrations, 15 s: gold 0.42 -> 0.66
+    python sft.py                      data/base -> out/sft: learn the demonstrations, 17 s: gold 0.42 -> 0.66
     python sft.py --lora 8             the same with rank-8 adapters on frozen weights -> out/lora
     python sft.py --best_of 8          rejection sampling: learn the best of 8 own answers -> out/best_of
     python sft.py --teacher out/dpo    distillation: learn another model's answers -> out/distill
