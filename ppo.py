@@ -348,14 +348,14 @@ def train(config, score=None):
     for flag in ("group", "epochs", "batch", "lr"):
         value = getattr(config, flag) or getattr(ALGORITHMS[config.algorithm], flag)
         config = replace(config, **{flag: value})
-    for flag, least in dict(steps=1, group=1 + (config.algorithm == "rloo"), epochs=1, batch=1, beta=0,
-                            temperature=0.01).items():
+    for flag, least in dict(steps=1, group=1 + (config.algorithm == "rloo"), epochs=1, batch=1, accumulate=1,
+                            beta=0, temperature=0.01).items():
         if getattr(config, flag) < least:
             raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
     updated = config.batch * config.accumulate           # answers an update
-    for flag, size in dict(group=config.group, batch=updated).items():
+    for flag, size in {"--group": config.group, "--batch times --accumulate": updated}.items():
         if config.answers % size or config.answers < size:
-            raise UserError(f"--answers {config.answers}: not a multiple of {size} (--{flag})")
+            raise UserError(f"--answers {config.answers}: not a multiple of {flag}, {size}")
     torch.manual_seed(config.seed)
     need(config.init, "python sft.py", 25)
     policy, tokenizer = load(config.init, config.device)

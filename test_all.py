@@ -2791,7 +2791,8 @@ def test_ppo_bad_input(tiny_ppo, tmp_path):
     good = {"init": str(tmp_path / "m"), "reward": str(tmp_path / "rm"), "save": False, "quiet": True}
     for changes, word in [({"algorithm": "trpo"}, "--algorithm trpo"), ({"steps": 0}, "--steps 0"),
                           ({"algorithm": "rloo", "group": 1}, "--group 1"),
-                          ({"answers": 100, "batch": 64}, "--batch 64"), ({"answers": 0}, "--answers 0"),
+                          ({"answers": 100, "batch": 64}, "--batch times --accumulate, 64"),
+                          ({"answers": 0}, "--answers 0"),
                           ({"temperature": 0.0}, "--temperature"), ({"init": "nowhere"}, "nowhere"),
                           ({"max_new": 250}, "--max-new 250"), ({"reward": "nowhere"}, "nowhere"),
                           ({"reward": str(tmp_path / "m")}, "scalar"),
