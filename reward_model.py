@@ -152,7 +152,7 @@ def read(model, tokenizer, rows):
         return scores.gather(1, at.expand(-1, -1, scores.shape[-1]))                      # (N, S, k)
     hidden = model.hidden(ids, real).gather(1, at.expand(-1, -1, model.config.d_model))   # (N, S, C)
     letters = [tokenizer.encode_ordinary(letter)[-1] for letter in "AB"]
-    return model.head(hidden).log_softmax(-1)[..., letters]                       # (N, S, 2)
+    return model.head(hidden).log_softmax(-1)[..., letters]                               # (N, S, 2)
 
 # ---------------------------------------------------------------- the maths
 
