@@ -620,9 +620,11 @@ def parse(Config, doc, argv=None):
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16, as on any GPU: twice as "
                         "fast for real models on a CPU that has instructions for it (avx512_bf16, amx)")
     flags = vars(parser.parse_args(argv))
-    BF16.extend(["cpu"] * flags.pop("bf16"))
+    if flags.pop("bf16"):
+        BF16.append("cpu")
     for name, value in flags.items():
-        if name != "seed" and not isinstance(value, str) and value < (least := int(name == "accumulate")):
+        least = 1 if name == "accumulate" else 0
+        if name != "seed" and not isinstance(value, str) and value < least:
             raise UserError(f"--{name} {value}: at least {least} is needed")
     return Config(**flags)
 

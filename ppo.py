@@ -312,7 +312,9 @@ def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
                     value_losses.append(loss.item())
 
                 # 4 step
-                for model, optim in learners if n % config.accumulate == 0 else ():
+                if n % config.accumulate:
+                    continue                             # more batches to come for this update
+                for model, optim in learners:
                     clip(model)
                     optim.step()
                     optim.zero_grad()
