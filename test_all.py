@@ -501,7 +501,7 @@ def test_shared_prompts_go_through_once(tok):
         grads.append([p.grad.clone() for p in model.parameters()])
     assert torch.allclose(together, alone, atol=1e-5)
     assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*grads))
-    assert sum(work) == 4 * 12 + 16 * (s.ids.shape[1] - 12)                 # 4 prompts of 12, padding included
+    assert sum(work) == 4 * 12 + 16 * (s.ids.shape[1] - 12)                 # 4 prompts of 12 with padding
     assert torch.equal(M.token_logps(model, s.ids[:1], s.mask[:1], s.answer[:1])[0] != 0, s.answer[0])
 
 
@@ -2239,7 +2239,8 @@ def test_formats_mean_the_same():
         assert dpo.judgements(r) == (CHAT, {True: "It is 2.", False: "It is 3."})
         assert R.candidates(r) == [CHAT + SAYS("It is 2."), CHAT + SAYS("It is 3.")]
         assert sft.conversation(r) == CHAT + SAYS("It is 2.")
-    assert M.to_messages(HH) == M.to_messages(HH.removesuffix("\n\nAssistant:")) == M.to_messages(CHAT) == CHAT
+    for same in HH, HH.removesuffix("\n\nAssistant:"), CHAT:
+        assert M.to_messages(same) == CHAT
     assert dpo.judgements({"prompt": HH, "completion": " No.", "label": False}) == (CHAT, {False: "No."})
     assert dpo.judgements({"prompt": "Hi", "completion": SAYS("Yes."), "label": 1}) == \
         (CHAT[:1], {True: "Yes."})
@@ -3257,11 +3258,51 @@ def test_batches_of_a_step_add_up(tmp_path, monkeypatch):
     """Two batches of 4 answers are a step of 8; all of one length, or the means over tokens would differ, so
     the end token is one that is hardly ever drawn."""
     config = replace(small_runs(tmp_path, save=False, steps=1)["ppo"], epochs=1, max_new=6)
-    monkeypatch.setattr(M, "special", lambda tok, token, old=M.special: 5 if token == M.END else old(tok, token))
-    ends = [sys.modules["ppo"].train(replace(config, batch=b, accumulate=a))["model"].state_dict()
+    special = M.special
+    monkeypatch.setattr(M, "special", lambda tok, token: 5 if token == M.END else special(tok, token))
+    grads, real = [], ppo.clip                       # Adam's steps do not tell a mean from a sum: look before
+    monkeypatch.setattr(ppo, "clip",
+                        lambda m: grads.append([p.grad.clone() for p in m.parameters()]) or real(m))
+    ends = [ppo.train(replace(config, batch=b, accumulate=a))["model"].state_dict()
             for b, a in ((8, 1), (4, 2), (4, 1))]
+    for model in 0, 1:                               # policy and critic, in one update each of the first runs
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads[model], grads[2 + model]))
     far = [max((ends[0][k] - end[k]).abs().max().item() for k in end) for end in ends[1:]]
     assert far[0] < 1e-5 < 1e-3 < far[1]
+
+
+def test_batches_of_a_reward_step_add_up(folder):
+    """The mean is over all steps of all solutions, however they are cut into batches."""
+    model, tokenizer = M.load(folder)
+    rows = [R.Example([R.encode(tokenizer, chats[0], "process", row["steps"])], label, row)
+            for row in world.read("steps")[:8] for chats, label in R.step_examples(row)]
+    assert len({sum(len(e.label) for e in part) for part in (rows[:4], rows[4:])}) == 2
+    grads, scalar = [], M.ScalarModel(model)
+    for batch, accumulate in (8, 1), (4, 2):
+        judge = copy.deepcopy(scalar)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(R, "clip", lambda m: grads.append([p.grad.clone() for p in m.parameters()]) or 0.0)
+            R.fit(judge, tokenizer, rows, R.Config(kind="process", steps=1, lr=1e-3, batch=batch,
+                                                   accumulate=accumulate), M.Log(1, quiet=True))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+    assert max(g.abs().max() for g in grads[0]) > 1e-4
+
+
+def test_batches_of_a_cai_step_add_up(tmp_path):
+    """Two batches of 4 pairs are one of 8: the gradient of a step is their mean."""
+    config = replace(small_runs(tmp_path, save=False)["cai"], lr=1.0)
+    pairs = [({"prompt": f"What is {i}?"}, "YES " * (1 + i % 3), "no") for i in range(12)]
+    grads = []
+    for batch, accumulate in (8, 1), (4, 2):
+        model = quick(tiny_dpo())
+        ref, seen = copy.deepcopy(model).requires_grad_(False), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cai, "clip", lambda m: seen.append([p.grad.clone() for p in m.parameters()]))
+            cai.fit(cai.dpo_step, model, TOKENIZER, pairs, torch.rand(12, generator=torch.Generator()),
+                    replace(config, batch=batch, accumulate=accumulate), 1, 1e-3, reference=ref)
+        grads.append(seen[0])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+    assert max(g.abs().max() for g in grads[0]) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["sft", "reward_model", "dpo", "grpo", "ppo", "cai"])
