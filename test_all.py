@@ -3314,7 +3314,8 @@ def test_bfloat16_products(name, tmp_path, monkeypatch):
         results = sys.modules[name].train(replace(config, steps=1))
         assert {t.dtype for t in results["model"].state_dict().values()} == {torch.float32}
         losses.append([row["loss"] for row in results["log"]])
-    assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=0.05)
+    if name in ("sft", "reward_model", "dpo"):      # the others sample: one other token makes another run
+        assert losses[1] == pytest.approx(losses[0], rel=0.05, abs=0.05)
     model, ids = M.load(tmp_path / "init")[0], torch.arange(600, 640).view(4, 10)
     rough = model(ids)
     monkeypatch.setattr(M, "BF16", [])
