@@ -1,371 +1,417 @@
-"""GRPO: reinforcement learning from verifiable rewards, the way DeepSeek-R1 learned to reason.
+"""Group relative policy optimisation (GRPO): learning to reason from answers that can be checked.
 
-Nobody shows the model how to do a sum. It answers each prompt G times, a verifier checks the conclusion, and
-what did better than its group becomes likelier: the group's mean is the baseline, and no critic is needed.
-Answers that show their work are right more often, so soon the model shows its work. For a prompt with answers
-o_1 .. o_G, their rewards r_1 .. r_G and the policy pi_old that gave them:
+Nobody shows the model how to do a sum. It answers each prompt G times, a verifier checks them, and
+what did better than its group becomes likelier. Answers that show their work are right more often,
+so soon the model shows its work. For a prompt, its answers o_1 .. o_G, their rewards r_1 .. r_G and
+the policy pi_old that wrote them (Shao et al. 2024, 2402.03300, equation 3):
 
-    A_i = (r_i - mean(r)) / std(r)                      rho_it = pi(o_it | o_i,<t) / pi_old(o_it | o_i,<t)
-    L   = - 1/G sum_i 1/|o_i| sum_t min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i) + beta KL(pi || ref)
+    A_i    = (r_i - mean(r)) / std(r)
+    rho_it = pi(o_it | o_i,<t) / pi_old(o_it | o_i,<t)
+    L      = - 1/G sum_i 1/|o_i| sum_t min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i)
 
-By hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49, so advantages +0.82 -1.22 +0.82 -1.22 +0.82.
+By hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49, so the advantages are +0.82 -1.22
++0.82 -1.22 +0.82. While pi is pi_old, rho is 1 and L = - mean(A) = 0. Its gradient is not 0: watch
+the reward, not the loss. Once a token of the first answer is at rho 1.5, it counts for min(1.5 x
+0.82, 1.2 x 0.82) = 0.98, a constant: it is not pushed on.
 
-    python grpo.py                     out/sft -> out/grpo, 33 s: greedy 0.12 -> 1.00 (target 0.95)
-    python grpo.py --loss dapo         or dr_grpo, gspo, cispo: see FAMILY; --epochs 2 makes the ratios matter
-    python grpo.py --verifier naive    a verifier with a hole, and what the model does with it: reward hacking
-    python grpo.py --init SmolLM2-135M --data mine.jsonl --lr 1e-6 --max-new 200 --device cuda --out out/mine
+    python grpo.py                   out/sft -> out/grpo on sums, in a minute. The last line:
+                                     PASS math_greedy 0.12 -> 0.98 (target 0.95) in 40 s
+    python grpo.py --loss dr_grpo    another method; FAMILY is a map of them. --epochs 2 tells more
+    python grpo.py --verifier naive --max-new 16      a verifier with a hole: reward without truth
+    python grpo.py --data mine.jsonl --init SmolLM2-135M --lr 1e-6 --max-new 200 --out out/mine
 
-Simplified from DeepSeekMath (Shao et al. 2024, 2402.03300) and DeepSeek-R1 (2501.12948): one step on each
-batch of answers unless --epochs, no KL unless --beta, rewards for outcomes only, no second round of SFT.
-Try next: --group 2, or 32 with --prompts 4; --beta 0.1; a reward of your own that also likes short answers.
+Dropped from the papers, and why:
+    the critic            GRPO's own idea: the mean of a group does its work
+    the KL to a reference unless --beta: it guards a judge that can be fooled; this one cannot
+    old answers           unless --epochs: each batch teaches once, so nothing needs its clip
+    DAPO's new draws      and its penalty for length: another loop, python -m lessons.dynamic
+    rewards for steps     only the conclusion is checked, as in DeepSeek-R1 (2501.12948)
+Try next: --group 2; --batch 4 --group 32; --beta 0.1; a verifier that likes short answers.
 """
-import copy, itertools, math, re, time
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
-from statistics import fmean as mean
+import copy
+import math
+import re
+from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from data import studybuddy
-from model import (RANK, Log, UserError, add_lora, clip, load, main, merge_lora, need, optimizer, portion,
-                   read_jsonl, render, sample, save, schedule, to_messages, token_logps, write_results)
+from data import exam, rows
+from data.checkpoints import load, save
+from model import (RANK, Log, Settings, UserError, adamw, add_lora, batches, begin, clip_gradients,
+                   hold_out, main, merge_lora, need, parts, render_prompt, sample, steps,
+                   token_logps)
+
 
 @dataclass(frozen=True)
-class Config:
-    init: str = "out/sft"             # start from this model folder
-    data: str = "data/prompts.jsonl"  # JSON lines with "prompt" and "answer" (with kinds: those of kind math)
-    out: str = "out/grpo"             # write here
-    loss: str = "grpo"                # grpo, dr_grpo, dapo, gspo or cispo
-    verifier: str = "strict"          # strict, or naive: one with a hole
-    steps: int = 50                   # batches of answers
-    prompts: int = 16                 # P: prompts a step
-    group: int = 8                    # G: answers to each
-    epochs: int = 1                   # optimiser steps on each batch of answers; 1 is on-policy
-    lr: float = 5e-4                  # peak learning rate
-    lora: int = 0                     # train adapters of this rank instead of the weights; wants a higher lr
-    beta: float = 0.0                 # weight of the KL to the starting model
-    temperature: float = 1.0          # of the sampling, and so of the log-probs
-    max_new: int = 0                  # longest answer in tokens (0: 72, but 16 for the naive verifier)
-    resample: int = 2                 # dapo: how often to look for more groups with contrast
-    batch: int = 128                  # answers that go through the model at once
-    seed: int = 0                     # same seed, same machine: same numbers
-    device: str = "cpu"               # cpu, cuda or mps
-    save: bool = True                 # write the checkpoint and the results
-    quiet: bool = False               # print nothing
+class Config(Settings):
+    data: str = "data/prompts.jsonl"  # JSON lines with "prompt" and "answer"
+    out: str = "out/grpo"     # write here
+    steps: int = 50           # batches of answers
+    batch: int = 16           # P: prompts a step
+    group: int = 8            # G: answers to each of them
+    lr: float = 5e-4          # peak learning rate
+    loss: str = "grpo"        # one of the table FAMILY: grpo, dr_grpo, dapo, gspo, cispo
+    verifier: str = "strict"  # strict, or naive: one with a hole
+    epochs: int = 1           # optimiser steps on each batch of answers
+    beta: float = 0.0         # weight of the KL to the starting model
+    temperature: float = 1.0  # of the sampling, and so of the log-probs
+    max_new: int = 72         # longest answer in tokens
 
-# ---------------------------------------------------------------- data and rewards
+    limits = Settings.limits | {"group": (2, 10**6), "epochs": (1, 10**6), "max_new": (1, 10**6),
+                                "temperature": (0.01, 100)}
 
-def read_prompts(config, tokenizer, context):
-    """-> rows with a checkable "answer", each with its tokens in "ids"."""
-    rows = read_jsonl(config.data, need=("prompt",))
-    rows = [row for row in rows if row.get("kind", "math") == "math"]
-    for row in rows:
-        if row.get("answer") in (None, ""):
-            raise UserError(f'{config.data}: no "answer" to check against: {str(row["prompt"])[:50]}')
-        row["ids"] = render(tokenizer, to_messages(row["prompt"]), reply=True)[0]
-    long = sum(len(row["ids"]) + config.max_new > context for row in rows)
-    if long:
-        raise UserError(f"{config.data}: {long} of {len(rows)} prompts are too long: with --max-new "
-                        f"{config.max_new} tokens they do not fit the model's {context}")
-    if len(rows) < 2:
-        raise UserError(f"{config.data}: {len(rows)} prompts with an answer to check; at least 2 are needed")
-    return rows
-
-NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
-CONCLUSION = rf"(?:^|(?<=[.!?] ))(?:The answer is|So it is|That makes) ({NUMBER})\.(?!\S)"
-STEP = rf"(?:^|(?<=[.!?] ))(?:First |Then )?{NUMBER} [+x] {NUMBER} = {NUMBER}\.(?!\S)"
-
-def conclusion(response):
-    """The number that an answer commits to, or None. One sentence concludes, and outside of it and the steps
-    is no digit: that closes the hole through which naive_reward pays for a list of guesses."""
-    text = " ".join(response.split())
-    found, rest = re.findall(CONCLUSION, text), re.sub(f"{STEP}|{CONCLUSION}", "", text)
-    return found[0].replace(",", "") if len(found) == 1 and not re.search(r"\d", rest) else None
-
-def right(row, response):
-    return conclusion(response) == str(row["answer"]).replace(",", "")
-
-def reward(row, response):
-    """SEAM: your own reward goes here, any float. DeepSeek-R1's had these parts too, correctness and format.
-    The steps themselves earn nothing. What the model wrote is compared, never evaluated."""
-    return 0.9 * right(row, response) + 0.1 * (conclusion(response) is not None)
-
-def naive_reward(row, response):
-    """Pays for any answer that contains the number, ended or not. With room for 72 tokens honest work pays
-    best. 16 hold the steps but not the conclusion, and RL gives that up: more reward, no more right ones."""
-    return float(re.search(rf"(?<!\d){re.escape(str(row['answer']))}(?!\d)", response) is not None)
 
 # ---------------------------------------------------------------- the maths
-# P prompts with G answers each, B = P * G answers of T tokens
+# P prompts with G answers each: B = P x G answers of at most T tokens. `answer` (B, T) is True at
+# their tokens. Log-probs are (B, T), and 0 where no answer is.
 
-# A_i = (r_i - mean(r)) / std(r)                    DeepSeekMath, section 4.1.2; without std: Dr. GRPO
-def group_advantages(rewards, scale="std"):
-    """(P, G) -> (P, G). Equal rewards say nothing: exactly 0, and not one rounding error over another."""
+# A_i = (r_i - mean(r)) / std(r)
+# Shao et al. 2024 (2402.03300), section 4.1.2
+def group_advantages(rewards, by_std=True):
+    """(P, G) -> (P, G). How much better is each answer than its group?"""
     advantages = rewards - rewards.mean(1, keepdim=True)
-    if scale == "std":
+    if by_std:
         advantages = advantages / rewards.std(1, keepdim=True, correction=0)
-    return advantages.where(contrast(rewards)[:, None], 0.0)
+    return advantages.masked_fill(~contrast(rewards)[:, None], 0.0)
+
 
 def contrast(rewards):
-    """(P, G) -> (P,): does some answer do better than another?"""
+    """(P, G) -> (P,). Is any answer better than another? Equals teach nothing: their advantage is
+    exactly 0, and not one rounding error divided by another."""
     return rewards.amax(1) > rewards.amin(1)
 
-# J_it, what one token is worth. All (B, T); log_rho = log pi - log pi_old, and 0 outside of the mask
-def clipped(logp, log_rho, A, mask, low, high):
-    """min(rho A, clip(rho) A) as in PPO: a token that has moved that far is not pushed on."""
-    rho = log_rho.exp()
+
+# L_i = - sum_t w_it [min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i) - beta k3_it]
+# rho = pi / pi_old,   k3 = pi_ref / pi - log(pi_ref / pi) - 1
+# the same, equations 3 and 4
+def grpo_loss(logps, old_logps, advantages, answer, weights, method, ref_logps=None, beta=0.0):
+    """log pi and log pi_old (B, T), advantages (B,), weights (B, T) -> (B,), what each answer adds
+    to the loss. In plain words, for GRPO itself:
+
+        rho = (logps - old_logps).exp()                                     (B, T)
+        J = torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)                 (B, T)
+        loss = -(J * answer).sum(1) / answer.sum(1) / B                     (B,)
+
+    Each other method has another ratio, clip or weight. On the policy's own answers rho is 1, so
+    nothing is clipped, and the gradient is REINFORCE's: - sum_it w_it A_i grad log pi.
+    k3 is never negative, and over what pi writes its mean is KL(pi || pi_ref).
+    """
+    A = advantages[:, None].expand_as(logps)                    # (B,) -> (B, T)
+    rho = method.ratio(logps - old_logps, answer)               # (B, T)
+    J = method.clip(rho, A, logps, method.low, method.high)     # (B, T) what each token is worth
+    if beta > 0:
+        log_ref = ref_logps - logps                             # (B, T) log pi_ref / pi
+        J = J - beta * (log_ref.exp() - log_ref - 1)
+    return -(weights * J).sum(1)
+
+
+# Whose likelihood is compared, a token's or its answer's?
+# rho_it = pi(o_it) / pi_old(o_it)
+def token_ratio(log_rho, answer):
+    """Each token has a ratio of its own. (B, T) -> (B, T)"""
+    return log_rho.exp()
+
+
+# s_i = [pi(o_i) / pi_old(o_i)]^(1/|o_i|)
+# Zheng et al. 2025 (2507.18071), eq. 7
+def answer_ratio(log_rho, answer):
+    """The reward is for an answer, so the ratio is too: a token's is noise, their mean is not."""
+    total = (log_rho * answer).sum(1, keepdim=True)             # (B, 1)
+    mean = total / answer.sum(1, keepdim=True)                  # (B, 1)
+    return mean.exp().expand_as(log_rho)                        # (B, T)
+
+
+# What becomes of a token that has moved far?
+# J_it = min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i)
+# PPO: Schulman et al. 2017 (1707.06347), eq. 7
+def clipped(rho, A, logps, low, high):
+    """It is not pushed on. All (B, T)"""
     return torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
 
-def clipped_sequence(logp, log_rho, A, mask, low, high):
-    """With s_i = (prod_t rho_it)^(1/|o_i|) for rho: the reward is for an answer, so the ratio is too."""
-    log_s = log_rho.sum(1, keepdim=True) / mask.sum(1, keepdim=True)                # (B, 1)
-    return clipped(logp, log_s.expand_as(A), A, mask, low, high)
 
-def clipped_weight(logp, log_rho, A, mask, low, high):
-    """stop_gradient(clip(rho)) A log pi: a weight is clipped, but no token loses its gradient."""
-    return log_rho.exp().clamp(1 - low, 1 + high).detach() * A * logp
+# J_it = stop_gradient(clip(rho_it, 1 - low, 1 + high)) A_i log pi(o_it)
+# MiniMax 2025 (2506.13585), eqs. 4 and 5
+def clipped_weight(rho, A, logps, low, high):
+    """It learns on, with a bounded weight: it may be a rare one that matters, like "Wait"."""
+    return rho.clamp(1 - low, 1 + high).detach() * A * logps
 
-# w_it, how the tokens make a batch. mask (B, T), L the longest answer allowed -> (B, T)
-per_answer = lambda mask, L: mask / mask.sum(1, keepdim=True) / len(mask)  # 1/B 1/|o_i|: dilutes long answers
-per_token = lambda mask, L: mask / mask.sum()                              # 1/sum_i |o_i|: tokens are equal
-constant = lambda mask, L: mask / (len(mask) * L)                          # 1/B 1/L: in all batches
 
-class Member(NamedTuple):
-    value: Callable          # J_it
+# How do tokens make a batch? answer (B, T), L the longest answer allowed -> (B, T)
+# w_it = 1/B 1/|o_i|
+def per_answer(answer, L):
+    """All answers count the same, so a token of a long one counts less."""
+    return answer / answer.sum(1, keepdim=True) / len(answer)
+
+
+# w_it = 1 / sum_i |o_i|
+def per_token(answer, L):
+    """All tokens of a batch count the same, so a long answer counts more."""
+    return answer / answer.sum()
+
+
+# w_it = 1/B 1/L
+def constant(answer, L):
+    """All tokens of all batches count the same, however long this answer and the others are."""
+    return answer / (len(answer) * L)
+
+
+class Method(NamedTuple):
+    ratio: Callable          # rho_it
+    clip: Callable           # J_it
     weights: Callable        # w_it
-    scale: str               # of group_advantages
-    low: float               # clip at 1 - low
-    high: float              #     and 1 + high
-    dynamic: bool = False    # look for groups with contrast, and make the last tokens before the limit cost
+    by_std: bool             # are advantages divided by the deviation of their group?
+    low: float               # the clip is at 1 - low
+    high: float              # and at 1 + high
+
 
 FAMILY = {
-    # DeepSeekMath (2402.03300) eq. 3: PPO without a critic.
-    "grpo": Member(clipped, per_answer, "std", 0.2, 0.2),
-    # Dr. GRPO (2503.20783): 1/|o_i| is mild with long wrong answers, and 1/std makes most of the prompts that
-    # are nearly always or never right. Without both it is the plain policy gradient again.
-    "dr_grpo": Member(clipped, constant, "none", 0.2, 0.2),
-    # DAPO (2503.14476) eq. 8: more room above, so that rare tokens can grow; long answers are not diluted;
-    # groups without contrast, which teach nothing, are replaced; overlong answers lose reward.
-    "dapo": Member(clipped, per_token, "std", 0.2, 0.28, dynamic=True),
-    # GSPO (2507.18071) eqs. 5 and 7: one token's ratio is noise, an answer's mean is not; so a tiny clip.
-    "gspo": Member(clipped_sequence, per_answer, "std", 3e-4, 4e-4),
-    # CISPO (MiniMax-M1, 2506.13585) eqs. 4 and 5: what a clip silences first are rare tokens that move a lot,
-    # like "Wait"; here they go on learning. No clip from below; the paper does not tell the one above.
-    "cispo": Member(clipped_weight, per_token, "std", math.inf, 4.0),
+    # DeepSeekMath (2402.03300): PPO without a critic.
+    "grpo": Method(token_ratio, clipped, per_answer, by_std=True, low=0.2, high=0.2),
+    # Dr. GRPO (2503.20783): 1/|o_i| lets long wrong answers off lightly, and 1/std makes much of
+    # prompts that are nearly always, or nearly never, answered rightly. So it has neither.
+    "dr_grpo": Method(token_ratio, clipped, constant, by_std=False, low=0.2, high=0.2),
+    # DAPO (2503.14476), eq. 8: more room above, in which rare tokens can grow.
+    "dapo": Method(token_ratio, clipped, per_token, by_std=True, low=0.2, high=0.28),
+    # GSPO (2507.18071), eq. 5: a mean moves less than a token does, so the clip is tiny.
+    "gspo": Method(answer_ratio, clipped, per_answer, by_std=True, low=3e-4, high=4e-4),
+    # CISPO (2506.13585): no clip from below. The paper has no number for the one above.
+    "cispo": Method(token_ratio, clipped_weight, per_token, by_std=True, low=math.inf, high=4.0),
 }
 
-# L = - sum_it w_it (J_it - beta k3_it),   k3 = ref/pi - log(ref/pi) - 1       DeepSeekMath eqs. 3 and 4
-def grpo_loss(logp, old_logp, advantages, mask, loss="grpo", max_new=1, weights=None, ref_logp=None, beta=0):
-    """logp, old_logp, ref_logp, mask (B, T), advantages (B,) -> scalar. On-policy rho is 1 and the gradient
-    REINFORCE's, - sum_it w_it A_i grad log pi: then only w tells the family apart, and grpo's L is the mean
-    of A, 0: watch the reward instead. k3 >= 0, and its mean under pi is KL(pi || ref).
-    weights: these rows' part of a larger batch's w."""
-    member = FAMILY[loss]
-    logp, old_logp = logp.masked_fill(~mask, 0.0), old_logp.masked_fill(~mask, 0.0)
-    A = advantages[:, None].expand_as(logp)                                                 # (B,) -> (B, T)
-    J = member.value(logp, logp - old_logp, A, mask, member.low, member.high)
-    if beta:
-        log_ref = ref_logp.masked_fill(~mask, 0.0) - logp
-        J = J - beta * (log_ref.exp() - log_ref - 1)
-    return -((member.weights(mask, max_new) if weights is None else weights) * J).sum()
 
-# R(o) = 0 up to L - c tokens, ((L - c) - |o|) / c up to L, -1 beyond                         DAPO eq. 13
-def overlong(lengths, limit, buffer):
-    """(B,) -> (B,). A slope up to the limit is easier to learn from than a cliff."""
-    return ((limit - buffer - lengths) / buffer).clamp(-1, 0)
+# ---------------------------------------------------------------- rewards
 
-# pass@k = 1 - C(n - c, k) / C(n, k), where c of n answers are right       Chen et al. 2021 (2107.03374) eq. 1
-def pass_at(hits, k):
-    """(P, n) of 0 and 1 -> the chance that at least one of k answers is right, averaged over the prompts."""
-    n = hits.shape[1]
-    return mean(1 - math.comb(n - c, k) / math.comb(n, k) for c in hits.long().sum(1).tolist())
+NUMBER = r"-?\d+(?:,\d{3})*(?:\.\d+)?"
+BEGIN = r"(?:^|(?<=[.!?] ))"           # of a sentence
+# "First 5 x 10 = 50." and "The answer is 80."
+STEP = rf"{BEGIN}(?:First |Then )?{NUMBER} [+x] {NUMBER} = {NUMBER}\.(?!\S)"
+CONCLUSION = rf"{BEGIN}(?:The answer is|So it is|That makes) ({NUMBER})\.(?!\S)"
 
-def majority(votes):
-    """What most answers conclude. None does not vote; the first wins a tie. Wang et al. 2022 (2203.11171)"""
-    votes = Counter(vote for vote in votes if vote is not None)
-    return max(votes, key=votes.get) if votes else None
 
-# ---------------------------------------------------------------- groups of answers
+def conclusion(text):
+    """The number to which an answer commits itself, or None. One sentence concludes, and beside it
+    and the steps there is no digit: a list of guesses is no commitment."""
+    text = " ".join(text.split())
+    numbers = re.findall(CONCLUSION, text)
+    rest = re.sub(f"{STEP}|{CONCLUSION}", "", text)
+    if len(numbers) != 1 or re.search(r"\d", rest):
+        return None
+    return numbers[0].replace(",", "")
 
-class Batch(NamedTuple):
-    rows: list               # P prompts
-    texts: list              # B answers
-    rewards: torch.Tensor    # (P, G)
-    tensors: list            # ids, mask, answer, old_logp, each (B, T)
-    drawn: int               # groups that were drawn to find these P
 
-def draw_groups(model, tokenizer, rows, config, generator):
-    """G answers to each row, and their rewards. What never ends earns nothing, but the naive do not check."""
-    strict = config.verifier == "strict"
-    s = sample(model, tokenizer, [row["ids"] for row in rows], config.group, config.max_new,
-               config.temperature, generator=generator)
-    owners, ended = [row for row in rows for _ in range(config.group)], s.ended.cpu()       # (B,)
-    rewards = torch.tensor([*map(float, map(reward if strict else naive_reward, owners, s.texts))])
-    rewards = rewards.where(ended, rewards.clamp(max=0)) if strict else rewards
-    if FAMILY[config.loss].dynamic:
-        rewards += overlong(s.answer.sum(1).cpu() + ~ended, config.max_new, config.max_new // 4)
-    return Batch(rows, s.texts, rewards.view(-1, config.group), [s.ids, s.mask, s.answer, s.logps], len(rows))
+def strict(truth, text, ended):
+    """SEAM: your own reward goes here, or to train(config, reward); any number. It sees what is
+    right, what the model wrote, which is never run, and whether that came to an end.
 
-def join(a, b):
-    """Two Batches as one. The narrower gets columns on the right; its masks are False there."""
-    T = max(a.tensors[0].shape[1], b.tensors[0].shape[1])
-    pairs = [[F.pad(x, (0, T - x.shape[1])) for x in pair] for pair in zip(a.tensors, b.tensors)]
-    rewards, tensors = torch.cat([a.rewards, b.rewards]), [torch.cat(pair) for pair in pairs]
-    return Batch(a.rows + b.rows, a.texts + b.texts, rewards, tensors, a.drawn + b.drawn)
+        First 5 x 10 = 50. Then 5 x 6 = 30. Then 50 + 30 = 80. The answer is 80.     1.0
+        So it is 70.                                                                 0.1
+        It is 70, 80 or 90.                                                          0.0
+    """
+    number = conclusion(text)
+    if number is None or not ended:
+        return 0.0
+    if number != truth:
+        return 0.1                     # wrong, but in a form that can be checked
+    return 1.0
 
-def rollout(model, tokenizer, stream, config, generator):
-    """P groups. Dynamic sampling replaces those without contrast, unless some more draws have none either."""
-    P, G, batch = config.prompts, config.group, None
-    for _ in range(1 + config.resample * FAMILY[config.loss].dynamic):
-        new = draw_groups(model, tokenizer, [next(stream) for _ in range(P)], config, generator)
-        batch = join(batch, new) if batch else new
-        if contrast(batch.rewards).sum() >= P:
-            break
-    best = contrast(batch.rewards).long().argsort(descending=True, stable=True)[:P]     # (P,) contrast first
-    at = (best[:, None] * G + torch.arange(G)).flatten()                                # (P, G) -> (B,)
-    return Batch([batch.rows[i] for i in best], [batch.texts[i] for i in at], batch.rewards[best],
-                 [x[at.to(x.device)] for x in batch.tensors], batch.drawn)
+
+def naive(truth, text, ended):
+    """The right number stands somewhere. With room for 72 tokens honest work still pays best. 16
+    hold the steps of most sums, but not the conclusion: the reward rises, and little is right."""
+    return float(truth in re.findall(NUMBER, text))
+
+
+VERIFIERS = {"strict": strict, "naive": naive}
+
+
+# ---------------------------------------------------------------- data
+
+class Prompt(NamedTuple):
+    ids: list                # its tokens, up to where the answer begins
+    text: str                # what is asked
+    truth: str               # what is right
+    row: dict                # its line of JSON
+
+
+def read_prompts(config, tokenizer, context):
+    """Prompts with an answer to check; where lines have a kind, those of kind math. What is there
+    twice counts once. -> to learn from, held out"""
+    prompts = {}
+    for line in rows.read_prompts(config.data):
+        if line.row.get("kind", "math") != "math":
+            continue
+        if line.row.get("answer") in (None, ""):
+            raise UserError(f'{line.where}: "answer" is missing: what would be right?')
+        ids = render_prompt(tokenizer, line.messages)
+        if len(ids) + config.max_new > context:
+            raise UserError(f"{line.where}: a prompt of {len(ids)} tokens; with --max-new "
+                            f"{config.max_new} it does not fit the model's {context}")
+        text = line.messages[-1]["content"]
+        truth = str(line.row["answer"]).replace(",", "")
+        prompts[str(line.messages)] = Prompt(ids, text, truth, line.row)
+    return hold_out(list(prompts.values()), most=48)
+
+
+def sample_groups(policy, tokenizer, prompts, config, generator):
+    """G answers to each of P prompts -> Samples, B = P x G, those to the first prompt first"""
+    ids = [prompt.ids for prompt in prompts]
+    return sample(policy, tokenizer, ids, n=config.group, max_new=config.max_new,
+                  temperature=config.temperature, generator=generator)
+
+
+def group_rewards(reward, prompts, samples):
+    """What each answer earns with its own prompt. -> (P, G)"""
+    G = len(samples.texts) // len(prompts)
+    rewards = []
+    for i, text in enumerate(samples.texts):
+        prompt = prompts[i // G]
+        rewards.append(reward(prompt.truth, text, bool(samples.ended[i])))
+    rewards = torch.tensor(rewards, dtype=torch.float32, device=samples.ids.device)  # (B,)
+    return rewards.view(-1, G)
+
+
+def answer_logps(model, samples, at, config):
+    """log pi of the tokens of the answers `at`, at the temperature that drew them. -> (B, T)"""
+    ids = samples.ids[at]
+    mask = samples.mask[at]
+    return token_logps(model, ids, mask, samples.answer[at], config.temperature)
+
 
 # ---------------------------------------------------------------- before and after
 
-def line(text, width):
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[:width - 3] + "..."
+def share_right(prompts, samples):
+    """Whatever the reward is: how many answers conclude rightly?"""
+    rewards = group_rewards(strict, prompts, samples)
+    return (rewards == 1).float().mean().item()
 
-def show_group(title, batch, i, config, say):
-    G, advantages = config.group, group_advantages(batch.rewards, FAMILY[config.loss].scale)
-    say(f"{title}: {line(to_messages(batch.rows[i]['prompt'])[-1]['content'], 60)}\n  reward advantage")
-    for text, r, A in zip(batch.texts[i * G:], batch.rewards[i].tolist(), advantages[i].tolist()):
-        say(f"{r:8.2f} {A:+9.2f}  {line(text, 60)}")
 
-def greedy(model, tokenizer, rows, config):
-    """The share of rows that are right without any luck."""
-    s = sample(model, tokenizer, [row["ids"] for row in rows], max_new=config.max_new, temperature=0.0)
-    return mean(map(right, rows, s.texts))
+def share_worked(samples):
+    """How many answers show a step of their work?"""
+    shown = [re.search(STEP, text) is not None for text in samples.texts]
+    return sum(shown) / len(shown)
 
-def evaluate(model, tokenizer, sums, world, config, reference=None):
-    """-> report card. RL sharpens: pass@1 after is near pass@8 before, so the skill was there, but rare."""
-    card, generator = {}, torch.Generator().manual_seed(config.seed)
-    if world:
-        card, answers = studybuddy.exam(model, tokenizer, reference=reference, seed=config.seed)
-        rows = [row | {"ids": render(tokenizer, to_messages(row["prompt"]), reply=True)[0]}
-                for row, _ in answers]
-        sums = [row for row in rows if row["kind"] == "math" and len(row["slots"]["numbers"]) < 4]
-        rows = [row for row in rows if row["kind"] != "math" for _ in range(4)]     # four answers: less noise
-        s = sample(model, tokenizer, [row["ids"] for row in rows], generator=generator)
-        marks = map(studybuddy.judge, rows, s.texts, s.ended.tolist())
-        card["gold_others"] = mean(mark["gold"] for mark in marks)
-    s = sample(model, tokenizer, [row["ids"] for row in sums], 8, config.max_new, generator=generator)
-    owners = [row for row in sums for _ in range(8)]
-    hits = torch.tensor(list(map(right, owners, s.texts))).view(-1, 8)                  # (B,) -> (P, 8)
-    votes = [majority(map(conclusion, s.texts[i:i + 8])) for i in range(0, len(s.texts), 8)]
-    vote = mean(right(row, f"So it is {number}.") for row, number in zip(sums, votes))
-    return card | {"greedy": greedy(model, tokenizer, sums, config), "pass@1": pass_at(hits, 1),
-                   "pass@8": pass_at(hits, 8), "majority@8": vote,
-                   "naive@1": mean(map(naive_reward, owners, s.texts)),
-                   "sum_length": s.answer.sum().item() / len(owners)}
+
+def evaluate(policy, reference, prompts, tokenizer, config, reward, against=None):
+    """-> report card, answers. The likeliest answers to held-out prompts: what do they earn, how
+    many are right? Where the world is ours, its exam says what became of everything else."""
+    ids = [prompt.ids for prompt in prompts]
+    samples = sample(policy, tokenizer, ids, max_new=config.max_new, temperature=0)
+    rewards = group_rewards(reward, prompts, samples)           # (P, 1)
+    card = {"reward": rewards.mean().item(), "right": share_right(prompts, samples)}
+    answers = None
+    if exam.knows([prompt.row for prompt in prompts]):
+        world, answers = exam.exam(policy, tokenizer, reference, against, config.seed)
+        card = world | card
+    return card, answers
+
+
+@torch.no_grad()
+def show_group(policy, prompt, samples, rewards, config):
+    """One group of answers, from text to reward to advantage to loss."""
+    method = FAMILY[config.loss]
+    advantages = group_advantages(rewards, method.by_std).flatten()  # (1, G) -> (G,)
+    weights = method.weights(samples.answer, config.max_new)    # (G, T)
+    logps = answer_logps(policy, samples, slice(None), config)  # (G, T)
+    loss = grpo_loss(logps, samples.logps, advantages, samples.answer, weights, method)  # (G,)
+    columns = [rewards[0], advantages, samples.answer.sum(1), logps.sum(1), loss]  # (G,) each
+    config.say(f"  {exam.short(prompt.text)}")
+    config.say("  reward      A  tokens  log pi     loss")
+    for numbers, text in zip(torch.stack(columns, dim=1).tolist(), samples.texts):
+        line = "{:8.2f} {:+6.2f} {:7.0f} {:7.2f} {:+8.4f}  ".format(*numbers)
+        config.say(line + exam.short(text))
+    config.say(f"{loss.sum():+40.4f}  L")
+
 
 # ---------------------------------------------------------------- training
 
-def fit(model, reference, tokenizer, rows, held, config, log):
-    add_lora(model, config.lora)
-    member, optim = FAMILY[config.loss], optimizer(model, config.lr)
-    rows, generator = portion(rows), torch.Generator().manual_seed(config.seed + RANK)
-    order = lambda: torch.randperm(len(rows), generator=generator).tolist()
-    stream = (rows[i] for _ in itertools.count() for i in order())     # again and again, in another order
-    try:
-        for step in range(config.steps):
-            for group in optim.param_groups:
-                group["lr"] = config.lr * schedule(step, config.steps)
+def train(config, reward=None):
+    started = begin(config)
+    if config.loss not in FAMILY:
+        raise UserError(f"--loss {config.loss}: choose one of {', '.join(FAMILY)}")
+    if config.verifier not in VERIFIERS:
+        raise UserError(f"--verifier {config.verifier}: choose one of {', '.join(VERIFIERS)}")
+    method = FAMILY[config.loss]
+    if reward is None:
+        reward = VERIFIERS[config.verifier]
 
-            # 1 sample: P groups of G answers
-            batch = rollout(model, tokenizer, stream, config, generator)
-            ids, mask, answer, old_logp = batch.tensors                                 # (B, T)
+    # One model writes and learns. A frozen copy remembers where it began.
+    need(config.init, "python sft.py", 25)
+    policy, tokenizer = load(config.init, config.device)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    add_lora(policy, config.lora)
+    optimizer = adamw(policy, config.lr)
 
-            # 2 score
-            advantages = group_advantages(batch.rewards, member.scale)
-            advantages = advantages.flatten().to(ids.device)                            # (P, G) -> (B,)
-            weights, total, farthest = member.weights(answer, config.max_new), 0.0, 1.0
-            for _ in range(config.epochs):
-                for at in torch.arange(len(ids), device=ids.device).split(config.batch):
-                    # 3 loss: at the temperature that sampled, or rho would not begin at 1
-                    tokens, ref_logp = (ids[at], mask[at], answer[at], config.temperature), None
-                    logp = token_logps(model, *tokens)
-                    if config.beta:
-                        with torch.no_grad():
-                            ref_logp = token_logps(reference, *tokens)
-                    loss = grpo_loss(logp, old_logp[at], advantages[at], answer[at], config.loss,
-                                     config.max_new, weights[at], ref_logp, config.beta)
-                    loss.backward()
-                    total += loss.item() / config.epochs
-                    farthest = max(farthest, *(logp - old_logp[at]).abs().exp().max(1).values.tolist())
-
-                # 4 step
-                clip(model)
-                optim.step()
-                optim.zero_grad()
-
-            # 5 log
-            if step % math.ceil(config.steps / 10) == 0 or step == config.steps - 1:
-                best = greedy(model, tokenizer, held, config)
-            owners, taught = [row for row in batch.rows for _ in range(config.group)], contrast(batch.rewards)
-            log(step, reward=batch.rewards.mean(), right=mean(map(right, owners, batch.texts)), greedy=best,
-                worked=mean(bool(re.search(STEP, text)) for text in batch.texts),
-                length=mean(answer.sum(1).tolist()), contrast=mean(taught.tolist()), ratio=farthest,
-                loss=total, groups=batch.drawn)
-    except KeyboardInterrupt:
-        print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
-    merge_lora(model)
-
-def train(config):
-    started, say = time.time(), (lambda *_: None) if config.quiet else print
-    for flag, choices in dict(loss=FAMILY, verifier=("strict", "naive")).items():
-        if getattr(config, flag) not in choices:
-            raise UserError(f"--{flag} {getattr(config, flag)}: choose one of {', '.join(choices)}")
-    for flag, least in dict(steps=1, prompts=1, group=2, epochs=1, batch=1, temperature=0.01).items():
-        if getattr(config, flag) < least:
-            raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
-    config = replace(config, max_new=config.max_new or (72 if config.verifier == "strict" else 16))
-    world = config.data == Config.data                   # on your own data the exam would make no sense
-    torch.manual_seed(config.seed)
-    if config.init == Config.init:
-        need("out/sft", "python sft.py", 25)
-    model, tokenizer = load(config.init, config.device)
-    reference = copy.deepcopy(model).requires_grad_(False)
-    rows = read_prompts(config, tokenizer, model.config.max_len)
-    cut = min(48, len(rows) // 2)
-    held, rows, size = rows[:cut], rows[cut:], sum(p.numel() for p in model.parameters())
-    say(f"{config.loss}: {config.init}, {size:,} parameters, on {config.device}\n"
-        f"{len(rows)} prompts, {cut} held out; {config.prompts} x {config.group} answers a step")
+    prompts, held = read_prompts(config, tokenizer, policy.config.max_len)
+    stream = batches(prompts, None, config.batch, torch.Generator().manual_seed(config.seed))
+    generator = torch.Generator().manual_seed(config.seed + RANK)  # of the answers
 
     # BEFORE
-    groups = draw_groups(model, tokenizer, held, config, torch.Generator().manual_seed(config.seed))
-    shown = contrast(groups.rewards).int().argmax().item()
-    show_group("a group before", groups, shown, config, say)
-    before = evaluate(model, tokenizer, held, world, config)
-    say("the first ratio must be 1: who answered is who learns, and later epochs move away from it")
-    log = Log(config.steps, config.quiet)
-    fit(model, reference, tokenizer, rows, held, config, log)
-    if config.save:                                      # before the exam: whatever happens there, it is safe
-        save(config.out, model, tokenizer)
+    config.say(f"grpo: loss {config.loss}, from {config.init}, on {config.device}; "
+               f"{len(prompts)} prompts, {len(held)} more are held out")
+    group = sample_groups(policy, tokenizer, held[:1], config, generator)
+    earned = group_rewards(reward, held[:1], group)             # (1, G)
+    config.say("one group of answers; pi is pi_old, so GRPO's L is 0")
+    show_group(policy, held[0], group, earned, config)
+    before, old_answers = evaluate(policy, reference, held, tokenizer, config, reward)
+
+    log = Log(config)
+    for step in steps(config, optimizer):
+        # 1 sample G answers to each of P prompts
+        batch = next(stream)
+        samples = sample_groups(policy, tokenizer, batch, config, generator)
+        # 2 score each answer against its group
+        rewards = group_rewards(reward, batch, samples)         # (P, G)
+        advantages = group_advantages(rewards, method.by_std).flatten()  # (P, G) -> (B,)
+        weights = method.weights(samples.answer, config.max_new)  # (B, T)
+        groups = torch.arange(len(samples.ids)).view(rewards.shape)  # (P, G): their places in B
+        losses = []
+        ratios = []
+        for epoch in range(config.epochs):
+            for part in parts(groups, config.accumulate):
+                # 3 loss: what did better than its group becomes likelier
+                at = part.flatten()                             # whole groups: they share a prompt
+                answer = samples.answer[at]                     # (B, T)
+                old_logps = samples.logps[at]                   # (B, T)
+                logps = answer_logps(policy, samples, at, config)  # (B, T)
+                ref_logps = None
+                if config.beta > 0:
+                    with torch.no_grad():
+                        ref_logps = answer_logps(reference, samples, at, config)
+                loss = grpo_loss(logps, old_logps, advantages[at], answer, weights[at], method,
+                                 ref_logps, config.beta).sum()
+                loss.backward()
+                losses.append(loss.item())
+                ratios.append((logps - old_logps).abs().max().exp().item())
+            # 4 step
+            clip_gradients(policy)
+            optimizer.step()
+            optimizer.zero_grad()
+        # 5 log: the first ratio is 1, as who wrote is who learns. Later epochs move away from it
+        length = samples.answer.sum(1).float().mean()
+        log(step, reward=rewards.mean(), right=share_right(batch, samples),
+            worked=share_worked(samples), length=length, contrast=contrast(rewards).float().mean(),
+            ratio=max(ratios), loss=sum(losses) / config.epochs)
+    merge_lora(policy)
+    if config.save:
+        save(config.out, policy, tokenizer)
 
     # AFTER
-    groups = draw_groups(model, tokenizer, held, config, torch.Generator().manual_seed(config.seed))
-    show_group("a group after", groups, shown, config, say)
-    after = evaluate(model, tokenizer, held, world, config, reference)
-    if not config.quiet:
-        studybuddy.show({"before": before, "after": after})
-    target, seconds = 0.95 if world else before["greedy"], time.time() - started
-    passed = after["greedy"] >= target if world else after["greedy"] > target
-    say(f"{'PASS' if passed else 'FAIL'} greedy {before['greedy']:.2f} -> {after['greedy']:.2f} "
-        f"(target {target:.2f}) in {seconds:.0f} s")
-    results = dict(stage="grpo", config=asdict(config), seconds=seconds, before=before, after=after,
-                   passed=passed)
-    if config.save:
-        write_results(config.out, log, **results)
-    return results | {"model": model, "tokenizer": tokenizer, "log": log.rows}
+    after, answers = evaluate(policy, reference, held, tokenizer, config, reward, old_answers)
+    config.say("the group from above: see log pi. L is a direction for one step, and no score")
+    show_group(policy, held[0], group, earned, config)
+    config.say("a new group")
+    group = sample_groups(policy, tokenizer, held[:1], config, generator)
+    earned = group_rewards(reward, held[:1], group)
+    show_group(policy, held[0], group, earned, config)
+    if answers:
+        exam.show_answers(old_answers, answers, config)
+    target = exam.Target("reward", before["reward"] + 0.05)
+    if answers and config.data == Config.data:
+        target = exam.Target("math_greedy", 0.95)
+    results = exam.finish("grpo", config, started, log, before, after, [target])
+    return results | {"model": policy, "tokenizer": tokenizer}
+
 
 if __name__ == "__main__":
     main(Config, train, __doc__)

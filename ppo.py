@@ -1,408 +1,445 @@
-"""RLHF: reinforcement learning from a reward model, from REINFORCE to PPO, and how it breaks: Goodhart's law.
+"""Reinforcement learning from a reward model (RLHF): REINFORCE, RLOO and PPO.
 
-Four models. The policy pi answers, the reward model scores the whole answer, a frozen copy of where pi began
-(ref) is the leash, and a critic V guesses at every token what is still to come, so that a token is credited
-with the surprise that it brought and not with all that happened. For an answer y_1 .. y_T to a prompt x:
+Four models. The policy pi answers. A reward model scores the whole answer. A frozen copy of where
+pi began, the reference, is the leash: what pi makes likelier than it did costs something. A critic
+V guesses, before each token is drawn, what is still to come, so that a token is credited with the
+surprise that it brought and not with all that happened. For an answer y_1 .. y_n to a prompt x:
 
-    r_t = - beta [log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t)],     and r(x, y) on top at the last token
-    A_t = sum_k (gamma lambda)^k delta_t+k                             delta_t = r_t + gamma V_t+1 - V_t
-    L   = - mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)   rho_t = pi(y_t | ..) / pi_old(y_t | ..)
+    r_t     = - beta [log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t)],  and r(x, y) on top at y_n
+    delta_t = r_t + gamma V_t+1 - V_t
+    A_t     = sum_k (gamma lambda)^k delta_t+k
+    rho_t   = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
+    L       = - mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
 
-By hand: three tokens, V = 0.5 0.6 0.8, reward 1 at the end. delta = 0.1 0.2 0.2; with gamma 1 and lambda 0.95
-A_3 = 0.2, A_2 = 0.2 + 0.95 A_3 = 0.39, A_1 = 0.1 + 0.95 A_2 = 0.47.
+Where it all stands: tensors are (B, T), and what is about y_t is in y_t's column. In this row of a
+batch the prompt has two tokens and the answer three; other prompts and answers are longer.
 
-    python ppo.py                       out/sft and out/reward_model -> out/ppo, in 82 s:
-                                        PASS gold 0.66 -> 0.88 (target 0.78)
-    python ppo.py --algorithm rloo      or reinforce: the same loop with less in it, see ALGORITHMS
-    python ppo.py --beta 0 --steps 80   no leash: the score rises on and on, and gold turns over
-    python ppo.py --target_kl 4         beta is adapted, to hold the KL near 4 nats an answer
-    python ppo.py --init SmolLM2-135M --reward JUDGE --data mine.jsonl --lr 1e-6 --device cuda --out out/mine
+    column     0      1     2     3     4         5          6
+    ids     <|pad|>  x_1   x_2   y_1   y_2   <|im_end|>   <|pad|>
+    mask       .      1     1     1     1         1          .      real tokens
+    answer     .      .     .     1     1         1          .      what pi drew, its end too
+    log pi     .      .     .    l_1   l_2       l_3         .      l_1: the logits of column 2
+    V          .      .     .    V_1   V_2       V_3         .      V_1: the critic at column 2
+    r          .      .     .    r_1   r_2       r_3         .      r_3 holds the score r(x, y)
+    A          .      .     .    A_1   A_2       A_3         .      V_4 = 0, so A_3 = r_3 - V_3
 
-Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): no pretraining loss mixed in, no early stop of
-the epochs, critic and policy of one size. Try next: --lam 1, --epochs 8, --clip 10 (none), --critic_lr 0.
+By hand: V = 0.5 0.6 0.8 and a reward of 1 at the end give delta = 0.1 0.2 0.2. With gamma 1 and
+lambda 0.95, A_3 = 0.2, A_2 = 0.2 + 0.95 A_3 = 0.39, A_1 = 0.1 + 0.95 A_2 = 0.47.
+
+    python ppo.py                        out/sft and out/reward_model -> out/ppo
+    python ppo.py --algorithm rloo       or reinforce: the same loop with less in it, see ALGORITHMS
+    python ppo.py --beta 0 --steps 80    no leash: the score rises on and on, and gold turns over
+    python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --out out/mine
+
+Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): no pretraining loss mixed in, no early
+stop of the epochs, critic and policy of one size. When to stop: python -m lessons.goodhart.
+Try next: --lam 1; --epochs 8; --eps 10, which clips nothing; --critic-lr 0; --target-kl 4.
 """
-import copy, itertools, math, textwrap, time
-from collections import Counter, namedtuple
-from dataclasses import asdict, dataclass, replace
-from statistics import fmean as mean
+import copy
+from dataclasses import dataclass, replace
+from typing import Callable, NamedTuple
 
 import torch
 
-from data import studybuddy
-from model import (PAD, RANK, Log, ScalarModel, UserError, add_lora, average, clip, load, load_scalar, main,
-                   merge_lora, need, optimizer, pad, portion, read_jsonl, render, sample, save, schedule,
-                   special, to_messages, token_logps, write_results)
+from data import exam, rows
+from data.checkpoints import load, load_scalar, save
+from data.studybuddy import judge
+from model import (RANK, Log, ScalarModel, Settings, UserError, adamw, add_lora, average, batches,
+                   begin, clip_gradients, collate, end_scores, hold_out, main, merge_lora, need,
+                   parts, render_answer, render_prompt, sample, steps, token_logps)
+
 
 @dataclass(frozen=True)
-class Config:
-    algorithm: str = "ppo"            # ppo, rloo or reinforce
-    init: str = "out/sft"             # start from this model folder; it is the reference, too
-    reward: str = "out/reward_model"  # the reward model; the critic starts from it
+class Config(Settings):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt"
-    out: str = "out/ppo"              # write here
-    steps: int = 40                   # batches of answers
-    answers: int = 64                 # B: answers a step
-    group: int = 0                    # G: answers to each prompt (0: see ALGORITHMS)
-    epochs: int = 0                   # times that each answer is learned from (0: see ALGORITHMS)
-    batch: int = 0                    # answers a batch (0: see ALGORITHMS)
-    accumulate: int = 1               # batches an optimiser step
-    lr: float = 0.0                   # peak learning rate of the policy (0: see ALGORITHMS)
-    critic_lr: float = 1e-3           # and of the critic
-    lora: int = 0                     # train adapters of this rank on the policy; wants a higher lr
-    beta: float = 0.1                 # weight of the KL to the reference in the reward
-    target_kl: float = 0.0            # adapt beta to keep the KL at so many nats an answer (0: beta is fixed)
-    gamma: float = 1.0                # discount of a reward one token later
-    lam: float = 0.95                 # GAE's lambda: 1 trusts what happened, 0 trusts the critic
-    clip: float = 0.2                 # eps: how far a ratio may move before it stops paying
-    penalty: float = 1.0              # an answer that never ends scores so much below the worst of its batch
-    whiten: bool = False              # scale the rewards to a deviation of 1
-    temperature: float = 1.0          # of the sampling, and so of the log-probs
-    max_new: int = 72                 # longest answer in tokens
-    seed: int = 0                     # same seed, same machine: same numbers
-    device: str = "cpu"               # cpu, cuda or mps
-    save: bool = True                 # write the checkpoint and the results
-    quiet: bool = False               # print nothing
+    out: str = "out/ppo"      # write here
+    steps: int = 40           # batches of answers
+    batch: int = 64           # B: answers a step
+    lr: float = None          # peak learning rate (default: see ALGORITHMS)
+    algorithm: str = "ppo"    # reinforce, rloo or ppo
+    reward: str = "out/reward_model"  # reward model; the critic's start
+    group: int = None         # G: answers to each prompt (default: see ALGORITHMS)
+    epochs: int = None        # passes over the answers (default: see ALGORITHMS)
+    minibatch: int = 32       # answers an update
+    critic_lr: float = 1e-3   # peak learning rate of the critic
+    beta: float = 0.1         # what a nat of distance from the reference costs
+    target_kl: float = None   # adapt beta, to keep the KL near so many nats an answer
+    gamma: float = 1.0        # discount of a reward one token later
+    lam: float = 0.95         # GAE's lambda: 0 trusts the critic alone
+    eps: float = 0.2          # how far a ratio may move before it stops paying
+    penalty: float = 1.0      # how far below the worst an endless answer scores
+    temperature: float = 1.0  # of the sampling, and so of the log-probs
+    max_new: int = 72         # longest answer in tokens
 
-# ---------------------------------------------------------------- data and rewards
+    limits = Settings.limits | {"group": (1, 10**6), "epochs": (1, 10**6), "minibatch": (1, 10**6),
+                                "max_new": (1, 10**6), "target_kl": (0.01, 10**6),
+                                "temperature": (0.01, 100)}
 
-def read_prompts(config, tokenizer, context):
-    """-> rows, each with its tokens in "ids"."""
-    rows = [row | {"ids": render(tokenizer, to_messages(row["prompt"]), reply=True)[0]}
-            for row in read_jsonl(config.data, need=("prompt",))]
-    long = sum(len(row["ids"]) + config.max_new + 1 > context for row in rows)    # 1: the judge's <|im_end|>
-    if long:
-        raise UserError(f"{config.data}: {long} of {len(rows)} prompts are too long: with --max-new "
-                        f"{config.max_new} tokens they do not fit the models' {context}")
-    return rows
-
-def score_by(model, tokenizer):
-    """SEAM: score(prompts, responses) -> a number each; prompts are texts or messages, responses texts. Your
-    own judge goes to train(config, score). This one reads a reward model at the answer's end token."""
-    @torch.no_grad()
-    def score(prompts, responses):
-        chats = [to_messages(x) + [dict(role="assistant", content=y)] for x, y in zip(prompts, responses)]
-        ids = [ids[:len(ids) - loss[::-1].index(1)] for ids, loss in (render(tokenizer, c) for c in chats)]
-        real = pad([[1] * len(row) for row in ids], 0).bool().to(model.mean.device)         # (B, T)
-        scores = model(pad(ids, special(tokenizer, PAD)).to(real.device), real)             # (B, T)
-        return scores.gather(1, real.sum(1, keepdim=True) - 1)[:, 0].tolist()               # (B,) at the end
-    return score
 
 # ---------------------------------------------------------------- the maths
-# B answers of T tokens. mask (B, T) is True at an answer's tokens, an unbroken run that ends with <|im_end|>
+# B answers in T columns, as drawn above. answer (B, T) is True at y_1 .. y_n, without a gap.
 
-# k1 = log pi/ref,   k2 = (log pi/ref)^2 / 2,   k3 = ref/pi - 1 - log ref/pi              Schulman 2020
-def kl_estimates(logp, ref_logp):
-    """Of tokens drawn from pi -> k1, k2, k3, what each tells of KL(pi || ref). As a loss, backpropagated:
-    k1: right on average, noisy, often below 0. The mean of its gradient is 0, so it teaches nothing; but as a
-        *reward*, as here, the policy gradient of its mean is exactly the gradient of KL(pi || ref)
-    k2: biased, but the mean of its gradient is exactly the gradient of KL(pi || ref)
-    k3: right on average, never below 0, less noise if pi is near ref; but its gradient is KL(ref || pi)'s"""
-    k1 = logp - ref_logp
-    return k1, k1.square() / 2, torch.expm1(-k1) + k1
+# k1 = log pi/ref,   k2 = (log pi/ref)^2 / 2,   k3 = ref/pi - 1 - log ref/pi          Schulman 2020
+def kl_estimates(logps, ref_logps):
+    """Of tokens drawn from pi -> k1, k2, k3, three estimates of KL(pi || ref).
+    k1: right on average, but noisy and often below 0. As a loss its gradient is 0 on average, and
+        teaches nothing. As a reward, as here, its policy gradient is that of KL(pi || ref)
+    k2: biased, but as a loss its gradient is that of KL(pi || ref) on average
+    k3: right on average, never below 0, and less noisy where pi is near ref; but as a loss its
+        gradient is that of the other KL, KL(ref || pi)"""
+    k1 = logps - ref_logps
+    k2 = k1 ** 2 / 2
+    k3 = torch.expm1(-k1) + k1
+    return k1, k2, k3
 
-# r_t = - beta k1_t, and r(x, y) on top at the last token          Ziegler et al. 2019 (1909.08593), eq. 2
-def token_rewards(scores, logp, ref_logp, mask, beta):
+
+# r_t = - beta k1_t, and r(x, y) on top at y_n           Ziegler et al. 2019 (1909.08593), eq. 2
+def token_rewards(scores, logps, ref_logps, answer, beta):
     """scores (B,), the rest (B, T) -> (B, T)"""
-    rewards = -beta * kl_estimates(logp, ref_logp)[0].masked_fill(~mask, 0.0)
-    last = mask.int().cumsum(1).argmax(1, keepdim=True)                                     # (B, 1)
+    k1, k2, k3 = kl_estimates(logps, ref_logps)
+    rewards = -beta * k1.masked_fill(~answer, 0.0)
+    last = answer.cumsum(1).argmax(1, keepdim=True)             # (B, 1), the column of y_n
     return rewards.scatter_add(1, last, scores[:, None])
 
-# A_t = sum_k (gamma lambda)^k delta_t+k,   delta_t = r_t + gamma V_t+1 - V_t      Schulman et al. 2015
-def gae(rewards, values, mask, gamma, lam):
-    """All (B, T); values[:, t] is V before token t is drawn -> advantages, returns. After the end comes
-    nothing: V and A are 0. lambda 1: A is what came minus what was expected; lambda 0: the next surprise."""
-    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
-    advantages, A, V = torch.zeros_like(values), 0.0, 0.0
-    for t in reversed(range(mask.shape[1])):
-        delta = rewards[:, t] + gamma * V - values[:, t]                                    # (B,)
-        A = (delta + gamma * lam * A).masked_fill(~mask[:, t], 0.0)
-        advantages[:, t], V = A, values[:, t]
-    return advantages, advantages + values
 
-# A_i = R_i - 1/(G - 1) sum_j!=i R_j                               Ahmadian et al. 2024 (2402.14740), sec. 2
-def rloo_advantages(rewards):
-    """(B, G) -> (B, G). The other answers to the prompt are the baseline: it does not know answer i, so it
-    takes noise away and adds no bias."""
-    G = rewards.shape[1]
-    return rewards - (rewards.sum(1, keepdim=True) - rewards) / (G - 1)
+# L = - mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
+def policy_loss(logps, old_logps, advantages, answer, eps):     # Schulman 2017 (1707.06347), eq. 7
+    """(B, T) -> a number. A token with A > 0 that is 1 + eps times as likely as when it was drawn
+    has moved far enough: its gradient is 0. So is that of one with A < 0 below 1 - eps. Before the
+    first step rho is 1 everywhere, and the gradient is REINFORCE's, - A grad log pi."""
+    rho = (logps - old_logps)[answer].exp()                     # (N,), of all N answer tokens
+    A = advantages[answer]                                      # (N,)
+    clipped = rho.clamp(1 - eps, 1 + eps)
+    return -torch.minimum(rho * A, clipped * A).mean()
 
-# (x - mean) / std, and + mean where that is to stay
-def whiten(x, mask, shift_mean=True):
-    """(B, T) over all tokens of the mask -> (B, T), 0 outside. Advantages are shifted. Rewards are not: to
-    take their mean away is to tell a model that does well that it does badly."""
-    average = x[mask].mean()
-    x = (x - average) * (x[mask].var(correction=0) + 1e-8).rsqrt() + (0.0 if shift_mean else average)
-    return x.masked_fill(~mask, 0.0)
-
-# L = - mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)         PPO (1707.06347), eq. 7
-def policy_loss(logp, old_logp, advantages, mask, clip):
-    """(B, T) -> scalar. Once a token with A > 0 is 1 + eps times as likely as when it was drawn, or one with
-    A < 0 1 - eps times, it has no gradient. Before the first step rho is 1 and the gradient REINFORCE's."""
-    logp, old_logp, A = (x[mask] for x in (logp, old_logp, advantages))                     # (N,)
-    rho = (logp - old_logp).exp()
-    return -torch.minimum(rho * A, rho.clamp(1 - clip, 1 + clip) * A).mean()
 
 # L = mean_t 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
-def value_loss(values, old_values, returns, mask, clip):
-    """(B, T) -> scalar. Not in the paper, but in its code: the critic, too, moves little at a time."""
-    values, old_values, returns = (x[mask] for x in (values, old_values, returns))          # (N,)
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    return torch.maximum((values - returns) ** 2, (near - returns) ** 2).mean() / 2
+def value_loss(values, old_values, returns, answer, eps):
+    """(B, T) -> a number. It is not in the paper but in its code: the critic moves little, too."""
+    V = values[answer]                                          # (N,)
+    V_old = old_values[answer]
+    R = returns[answer]
+    clipped = V_old + (V - V_old).clamp(-eps, eps)
+    larger = torch.maximum((V - R) ** 2, (clipped - R) ** 2)
+    return larger.mean() / 2
 
-# beta <- beta (1 + 0.1 clip((KL - target) / target, -0.2, 0.2))   Ziegler et al. 2019, sec. 2.2
+
+# 1 - Var(R - V) / Var(R)
+def explained_variance(values, returns, answer):
+    """1: the critic foresees everything. 0: it is no better than a constant. Below: it is worse."""
+    V = values[answer]                                          # (N,)
+    R = returns[answer]
+    return 1 - (R - V).var() / R.var()
+
+
+# beta <- beta (1 + 0.1 clip((KL - target) / target, -0.2, 0.2))      Ziegler et al. 2019, sec. 2.2
 def adapt_beta(beta, kl, target):
     """A thermostat: too far from the reference and the leash gets shorter, by 2% a step at most."""
-    return beta * (1 + 0.1 * min(max((kl - target) / target, -0.2), 0.2))
+    error = (kl - target) / target
+    return beta * (1 + 0.1 * min(max(error, -0.2), 0.2))
 
-# 1 - Var(R - V) / Var(R)           1: the critic foresees all. 0: no better than a constant. Below: worse
-def explained_variance(values, returns, mask):
-    return (1 - (returns - values)[mask].var(correction=0) / returns[mask].var(correction=0)).item()
 
-# An algorithm: rewards, values (0 without a critic), (B, T) -> advantages, returns; memory lives on
-def ppo(rewards, values, mask, config, memory):
-    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    return whiten(advantages, mask), returns
+# ---- the ladder: what did a token do for its answer?
+# rewards, values (B, T) -> advantages, returns (B, T)
 
-def rloo(rewards, values, mask, config, memory):
-    """An answer is one action, and all of its tokens share what it earned."""
-    A = rloo_advantages(rewards.sum(1).view(-1, config.group))                              # (B,) -> (P, G)
-    return A.view(-1, 1).expand_as(rewards), rewards                                        # (B, T)
+# A = R_i - mean_j R_j,   R_i = sum_t r_it                                            Williams 1992
+def reinforce(rewards, values, answer):
+    """All tokens of an answer share what it earned, less what this batch earned on average."""
+    R = rewards.sum(1, keepdim=True)                            # (B, 1)
+    A = R - R.mean()
+    return A * answer, R * answer                               # (B, T)
 
-def reinforce(rewards, values, mask, config, memory):
-    """Williams 1992: what an answer earned, minus what answers have earned of late."""
-    R = rewards.sum(1)                                                                      # (B,)
-    baseline = memory.get("baseline", R.mean())
-    memory["baseline"] = 0.9 * baseline + 0.1 * R.mean()
-    return (R - baseline)[:, None].expand_as(rewards), rewards                              # (B, T)
 
-Algorithm = namedtuple("Algorithm", "advantages critic group epochs batch lr")
-ALGORITHMS = {  #                    critic group epochs batch lr
-    "ppo":       Algorithm(ppo,       True,  1,   2,  32, 3e-4),
-    "rloo":      Algorithm(rloo,      False, 4,   1,  32, 5e-4),
-    "reinforce": Algorithm(reinforce, False, 1,   1,  32, 5e-4)}
+# A = R_i - 1/(G - 1) sum_j!=i R_j                         Ahmadian et al. 2024 (2402.14740), sec. 2
+def rloo(rewards, values, answer, group):
+    """An answer is held against the G - 1 others to the same prompt. They do not know answer i, so
+    they take noise away and add no bias."""
+    R = rewards.sum(1, keepdim=True)                            # (B, 1)
+    groups = R.view(-1, group)                                  # (P, G)
+    others = (groups.sum(1, keepdim=True) - groups) / (group - 1)
+    A = R - others.view(-1, 1)                                  # (B, 1)
+    return A * answer, R * answer                               # (B, T)
 
-# ---------------------------------------------------------------- rollouts
+
+def ppo(rewards, values, answer, gamma, lam):
+    """A token is held against what the critic expected before it."""
+    advantages, returns = gae(rewards, values, answer, gamma, lam)
+    return whiten(advantages, answer), returns
+
+
+# A_t = sum_k (gamma lambda)^k delta_t+k,   delta_t = r_t + gamma V_t+1 - V_t
+def gae(rewards, values, answer, gamma, lam):            # Schulman et al. 2015 (1506.02438), eq. 16
+    """From the last column to the first. lambda 1: what came, less what was expected. lambda 0: the
+    next surprise alone. R_t = A_t + V_t is what the critic should have said."""
+    rewards = rewards.masked_fill(~answer, 0.0)
+    values = values.masked_fill(~answer, 0.0)
+    advantages = torch.zeros_like(values)
+    next_V = 0.0                                                # after the end nothing comes
+    next_A = 0.0
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_V - values[:, t]   # (B,)
+        advantages[:, t] = delta + gamma * lam * next_A
+        next_V = values[:, t]
+        next_A = advantages[:, t]
+    advantages = advantages.masked_fill(~answer, 0.0)
+    return advantages, advantages + values
+
+
+# (A_t - mean(A)) / std(A), over all answers' tokens of the batch
+def whiten(advantages, answer):
+    A = advantages[answer]                                      # (N,)
+    std = (A.var(correction=0) + 1e-8).sqrt()                   # never 0
+    advantages = (advantages - A.mean()) / std
+    return advantages.masked_fill(~answer, 0.0)
+
+
+class Algorithm(NamedTuple):
+    advantages: Callable
+    uses: tuple              # the numbers of Config that it takes
+    critic: bool
+    group: int               # what works in this world
+    epochs: int
+    lr: float
+
+
+ALGORITHMS = {
+    "reinforce": Algorithm(reinforce, (),               critic=False, group=1, epochs=1, lr=5e-4),
+    "rloo":      Algorithm(rloo,      ("group",),       critic=False, group=4, epochs=1, lr=5e-4),
+    "ppo":       Algorithm(ppo,       ("gamma", "lam"), critic=True,  group=1, epochs=2, lr=3e-4),
+}
+
+
+def advantages_of(rewards, values, answer, config):
+    """The advantages of this run's algorithm, with the numbers that it takes."""
+    algorithm = ALGORITHMS[config.algorithm]
+    numbers = {name: getattr(config, name) for name in algorithm.uses}
+    return algorithm.advantages(rewards, values, answer, **numbers)
+
+
+# ---------------------------------------------------------------- data
+
+class Prompt(NamedTuple):
+    ids: list                # its tokens, up to where the answer begins
+    messages: list
+    row: dict                # its line of JSON
+
+
+def read_prompts(config, tokenizer, context):
+    """-> prompts to learn from, prompts held out"""
+    prompts = []
+    for line in rows.read_prompts(config.data):
+        ids = render_prompt(tokenizer, line.messages)
+        room = context - len(ids) - 1                           # 1: the reward model's <|im_end|>
+        if room < config.max_new:
+            raise UserError(f"{line.where}: the prompt leaves {room} of the models' {context} tokens;"
+                            f" --max-new wants {config.max_new}")
+        prompts.append(Prompt(ids, line.messages, line.row))
+    return hold_out(prompts, most=64)
+
+
+def score_by(reward_model, tokenizer):
+    """SEAM: score(prompts, texts) -> numbers. A prompt is a list of messages, a text its answer.
+    Yours goes to train(config, score=yours). This one reads a reward model at the end token."""
+    @torch.no_grad()
+    def score(prompts, texts):
+        examples = []
+        for messages, text in zip(prompts, texts):
+            examples.append(render_answer(tokenizer, messages, text))
+        ids, mask, answer = collate(examples, tokenizer, reward_model.mean.device)  # (B, T) each
+        return end_scores(reward_model, ids, mask)              # (B,)
+    return score
+
+
+def load_reward_model(config, tokenizer):
+    """It has to read what the policy writes, and to give one number for it."""
+    need(config.reward, "python reward_model.py", 60)
+    reward_model, its_tokenizer = load_scalar(config.reward, config.device)
+    if its_tokenizer._mergeable_ranks != tokenizer._mergeable_ranks:
+        raise UserError(f"--reward {config.reward}: want the vocabulary of --init {config.init}")
+    if len(reward_model.mean) > 1:
+        raise UserError(f"--reward {config.reward}: {len(reward_model.mean)} scores; want one")
+    return reward_model
+
+
+def draw_answers(policy, prompts, tokenizer, config, generator):
+    """One answer to each prompt -> Samples"""
+    ids = [prompt.ids for prompt in prompts]
+    return sample(policy, tokenizer, ids, max_new=config.max_new, temperature=config.temperature,
+                  generator=generator)
+
 
 def state_values(critic, ids, mask, answer):
-    """V before each answer token is drawn: what the critic says at the token before it. (B, T)"""
-    return critic(ids, mask).roll(1, 1).masked_fill(~answer, 0.0)                           # (B, T) t-1 for t
+    """V_t, what the critic says at the token before y_t: it must not see what is drawn. (B, T)"""
+    values = critic(ids, mask).roll(1, dims=1)                  # (B, T), column t - 1 moves to t
+    return values.masked_fill(~answer, 0.0)
 
-# B answers: their prompts, texts, whether they ended, scores; tokens = ids, mask, answer, (B, T) each; and of
-# the answers' tokens (B, T): log pi_old, log ref, V_old (0 without a critic)
-Rollout = namedtuple("Rollout", "rows texts ended scores tokens logp ref_logp values")
 
-@torch.no_grad()
-def rollout(policy, reference, critic, score, tokenizer, rows, config, generator):
-    """G answers to each row, and all that the four models say about them."""
-    s = sample(policy, tokenizer, [row["ids"] for row in rows], config.group, config.max_new,
-               config.temperature, generator=generator)
-    rows = [row for row in rows for _ in range(config.group)]
-    scores = torch.as_tensor(score([row["prompt"] for row in rows], s.texts)).to(s.logps)   # (B,)
-    scores = scores.where(s.ended, scores.min() - config.penalty)
-    # prompts were padded on the left, answers on the right: all on the right it takes fewer columns
-    cut = lambda xs, blank: pad([x[real].tolist() for x, real in zip(xs, s.mask)], blank).to(xs)
-    tokens = cut(s.ids, special(tokenizer, PAD)), cut(s.mask, False), cut(s.answer, False)  # (B, T) each
-    # log pi again, computed as ref's and as in training: so the first KL is exactly 0 and the first ratio 1
-    logp, ref_logp = (token_logps(model, *tokens, config.temperature) for model in (policy, reference))
-    values = state_values(critic, *tokens) if critic else torch.zeros_like(logp)
-    return Rollout(rows, s.texts, s.ended, scores, tokens, logp, ref_logp, values)
+# ---------------------------------------------------------------- before and after
 
-# ---------------------------------------------------------------- what to watch
+def evaluate(policy, reference, score, prompts, world, tokenizer, config, against=None):
+    """-> report card, answers. Our world has an exam; of another, held-out prompts are asked."""
+    if world:
+        card, answers = exam.exam(policy, tokenizer, reference, against, config.seed)
+    else:
+        generator = torch.Generator().manual_seed(config.seed)
+        samples = draw_answers(policy, prompts, tokenizer, config, generator)
+        card = {"ended": samples.ended.float().mean().item()}
+        answers = []
+        for prompt, text, ended in zip(prompts, samples.texts, samples.ended.tolist()):
+            answers.append(exam.Answer(prompt.row, text, ended, mark=None))
+    messages = [rows.to_messages(answer.row["prompt"]) for answer in answers]
+    texts = [answer.text for answer in answers]
+    scores = torch.as_tensor(score(messages, texts), dtype=torch.float32)  # (B,)
+    return {"score": scores.mean().item()} | card, answers
 
-def signals(texts):
-    """Of B answers. Whoever has found a trick repeats it, within an answer and from answer to answer."""
-    words = [text.split() for text in texts]
-    threes, openings = [[*zip(w, w[1:], w[2:])] for w in words], Counter(tuple(w[:3]) for w in words)
-    return {"repeated": mean(len({*t}) < len(t) for t in threes),
-            "openings": sum(count for _, count in openings.most_common(5)) / len(texts)}
 
-def alarms(now, start, B):
-    """Signals now, and at the start, of ref's answers -> {signal: message}, of those beyond their threshold.
-    kl: to choose the best of n answers takes log n - (n-1)/n nats (Stiennon et al. 2020, 2009.01325). Beyond
-        n = 100 these are answers that ref hardly ever gives, and the reward model may not know such
-    length: half as long again is another kind of answer
-    repeated, openings: luck moves a share of B answers by 0.5 / sqrt(B) at most; 5 times that is no luck"""
-    luck = 5 * 0.5 / math.sqrt(B)
-    most = {"kl": math.log(100) - 0.99, "length": 1.5 * start["length"],
-              "repeated": start["repeated"] + luck, "openings": start["openings"] + luck}
-    return {k: f"{k} {now[k]:.2f}, first {start[k]:.2f}, max {x:.2f}" for k, x in most.items() if now[k] > x}
+def gold_of(prompts, samples):
+    """What the world's own judge thinks of the answers. It is watched, and never trained on."""
+    total = 0.0
+    for prompt, text, ended in zip(prompts, samples.texts, samples.ended):
+        total += judge(prompt.row, text, bool(ended))["gold"]
+    return total / len(prompts)
 
-def turning_point(rows):
-    """Goodhart's law, for whoever knows the truth. Means over a tenth of the run, as one batch is noisy."""
-    w = max(1, len(rows) // 10)
-    gold, score = ([mean(row[key] for row in rows[i:i + w]) for i in range(len(rows) - w + 1)]
-                   for key in ("gold", "score"))
-    i = gold.index(max(gold))
-    return {"peak_step": i + w // 2, "peak": gold[i], "last": gold[-1], "rise": score[-1] - score[i]}
 
-def show_tokens(r, rewards, advantages, tokenizer, say):
-    """A short answer, token by token: from the score to the push that each token gets."""
-    i = min(range(len(r.rows)), key=lambda i: abs(len(r.texts[i].split()) - 6))
-    at, numbers = r.tokens[2][i], (r.logp - r.ref_logp, rewards, r.values, advantages)      # (T,), (B, T)
-    say(f"{textwrap.shorten(studybuddy.flat(r.rows[i]['prompt']), 50)} Its score: {r.scores[i]:.2f}\n"
-        "              log pi/ref    reward         V         A")
-    for token, *row in zip(r.tokens[0][i][at].tolist(), *((x[i][at] + 0.0).tolist() for x in numbers)):
-        say(f"{tokenizer.decode([token]):>14}" + "".join(f"{x:10.2f}" for x in row))
+def show_shortest(samples, rewards, values, returns, advantages, tokenizer, config):
+    """The shortest answer of a batch: from the score at its end to the push of each token."""
+    i = samples.answer.sum(1).argmin()
+    answer = samples.answer[i]                                  # (T,)
+    prompt = samples.ids[i][samples.mask[i] & ~answer]
+    config.say(tokenizer.decode(prompt.tolist()))
+    config.say("           y_t       r_t       V_t   R_t-V_t       A_t")
+    for t in answer.nonzero()[:, 0]:
+        token = samples.ids[i, t].item()
+        line = f"{tokenizer.decode([token]):>14}"
+        for numbers in (rewards, values, returns - values, advantages):
+            line += f"{numbers[i, t].item() + 0.0:10.2f}"       # 0.0: or -0.0 is shown as it is
+        config.say(line)
 
-def truth(rows, texts, ended):
-    """Gold, where it is known: watched, never trained on."""
-    marks = map(studybuddy.judge, rows, texts, ended) if all("slots" in row for row in rows) else ()
-    return {"gold": mean(mark["gold"] for mark in marks)} if marks else {}
-
-@torch.no_grad()
-def evaluate(policy, reference, score, tokenizer, held, config, against=None):
-    """-> report card, [(row, answer, score)]. The world has an exam; your data has its judge."""
-    if all("slots" in row for row in held):
-        old = against and [(row, text) for row, text, _ in against]
-        card, answers = studybuddy.exam(policy, tokenizer, reference, old, config.seed)
-        rows, texts = zip(*answers)
-        scores = [float(x) for x in score([row["prompt"] for row in rows], texts)]
-        return {"score": mean(scores)} | card, [*zip(rows, texts, scores)]
-    r = rollout(policy, reference, None, score, tokenizer, held, replace(config, group=1),
-                torch.Generator().manual_seed(config.seed))
-    card = dict(score=r.scores, kl=(r.logp - r.ref_logp).sum(1), length=r.tokens[2].sum(1), ended=r.ended)
-    return {k: x.float().mean().item() for k, x in card.items()}, [*zip(held, r.texts, r.scores.tolist())]
-
-def show_answers(before, after, say):
-    for (row, *old), (_, *new) in [*zip(before, after)][::max(1, len(before) // 5)]:
-        say(f"  prompt  {textwrap.shorten(studybuddy.flat(row['prompt']), 70)}")
-        for name, (text, score) in ("before", old), ("after", new):
-            gold = "".join(f", gold {x:.1f}" for x in truth([row], [text], [True]).values())
-            say(f"{name:>8}  {textwrap.shorten(text, 70)}\n          score {score:+.1f}{gold}")
 
 # ---------------------------------------------------------------- training
 
-def fit(policy, reference, critic, score, tokenizer, rows, config, log, say):
-    advantages_of, beta = ALGORITHMS[config.algorithm].advantages, config.beta
-    memory, start, heard = {}, {}, {}
-    add_lora(policy, config.lora)
-    learners = [(m, optimizer(m, lr)) for m, lr in ((policy, config.lr), (critic, config.critic_lr)) if m]
-    rows, generator = portion(rows), torch.Generator().manual_seed(config.seed + RANK)
-    order = lambda size: torch.randperm(size, generator=generator)
-    stream = (rows[i] for _ in itertools.count() for i in order(len(rows)).tolist())   # again and again
-    try:
-        for step in range(config.steps):
-            for _, optim in learners:
-                for group in optim.param_groups:
-                    group["lr"] = optim.defaults["lr"] * schedule(step, config.steps)
-
-            # 1 sample, 2 score
-            batch = [next(stream) for _ in range(config.answers // config.group)]
-            r = rollout(policy, reference, critic, score, tokenizer, batch, config, generator)
-            ids, mask, answer = r.tokens                                                    # (B, T)
-            rewards = token_rewards(r.scores, r.logp, r.ref_logp, answer, beta)
-            rewards = whiten(rewards, answer, shift_mean=False) if config.whiten else rewards
-            advantages, returns = advantages_of(rewards, r.values, answer, config, memory)
-
-            rhos, losses, value_losses = [], [], []
-            parts = [at for _ in range(config.epochs) for at in order(len(ids)).split(config.batch)]
-            for n, at in enumerate(parts, 1):
-                T = mask[at].sum(1).max()
-                *tokens, old_logp, old_values, A, R = (x[at, :T] for x in (                 # (batch, T) each
-                    ids, mask, answer, r.logp, r.values, advantages, returns))
-                # 3 loss: at the temperature that sampled, or rho would not begin at 1
-                logp = token_logps(policy, *tokens, config.temperature)
-                loss = policy_loss(logp, old_logp, A, tokens[2], config.clip)
-                (loss / config.accumulate).backward()
-                losses.append(loss.item())
-                rhos.append((logp.detach() - old_logp)[tokens[2]].exp())                    # (N,)
-                if critic:
-                    loss = value_loss(state_values(critic, *tokens), old_values, R, tokens[2], config.clip)
-                    (loss / config.accumulate).backward()
-                    value_losses.append(loss.item())
-
-                # 4 step
-                if n % config.accumulate:
-                    continue                             # more batches to come for this update
-                for model, optim in learners:
-                    clip(model)
-                    optim.step()
-                    optim.zero_grad()
-
-            # 5 log: KL in nats an answer
-            k1, k2, k3 = (average(k.sum(1).mean()).item() for k in kl_estimates(r.logp, r.ref_logp))
-            now = {"kl": k1, "length": answer.sum(1).float().mean().item(), **signals(r.texts)}
-            start, rho, first = start or now, torch.cat(rhos), rhos[0].mean()
-            found = alarms(now, start, len(ids))
-            if step == 0:
-                show_tokens(r, rewards, advantages, tokenizer, say)
-                say(f"first ratio {first:.3f}, KL {k1:.3f}: they must be 1 and 0, as nothing has moved yet")
-            log(step, score=r.scores.mean(), **truth(r.rows, r.texts, r.ended.tolist()), **dict(
-                kl=k1, entropy=-r.logp[answer].mean(),  # - log pi, averaged over tokens that pi drew
-                ratio=rho.mean(), clipped=((rho - 1).abs() > config.clip).float().mean(),
-                explained=explained_variance(r.values, returns, answer), ended=r.ended.float().mean(),
-                beta=beta, kl_k2=k2, kl_k3=k3, first_ratio=first, alarms=len(found), loss=mean(losses),
-                value_loss=mean(value_losses or [0.0])) | now)
-            for name in found.keys() - heard.keys():
-                say(f"WARNING: {found[name]}")
-            heard |= found
-            beta = adapt_beta(beta, k1, config.target_kl) if config.target_kl else beta
-        show_tokens(r, rewards, advantages, tokenizer, say)
-    except KeyboardInterrupt:
-        print(f"\nstopped at step {step} of {config.steps}: going on with what there is")
-    merge_lora(policy)
-
 def train(config, score=None):
-    """score: your own judge, (prompts, responses) -> numbers, in place of the reward model."""
-    started, say = time.time(), (lambda *_: None) if config.quiet else print
+    started = begin(config)
     if config.algorithm not in ALGORITHMS:
         raise UserError(f"--algorithm {config.algorithm}: choose one of {', '.join(ALGORITHMS)}")
-    for flag in ("group", "epochs", "batch", "lr"):
-        value = getattr(config, flag) or getattr(ALGORITHMS[config.algorithm], flag)
-        config = replace(config, **{flag: value})
-    for flag, least in dict(steps=1, group=1 + (config.algorithm == "rloo"), epochs=1, batch=1, accumulate=1,
-                            beta=0, temperature=0.01).items():
-        if getattr(config, flag) < least:
-            raise UserError(f"--{flag} {getattr(config, flag)}: at least {least} is needed")
-    updated = config.batch * config.accumulate           # answers an update
-    for flag, size in {"--group": config.group, "--batch times --accumulate": updated}.items():
-        if config.answers % size or config.answers < size:
-            raise UserError(f"--answers {config.answers}: not a multiple of {flag}, {size}")
-    torch.manual_seed(config.seed)
+    algorithm = ALGORITHMS[config.algorithm]
+    for name in ("group", "epochs", "lr"):
+        if getattr(config, name) is None:
+            config = replace(config, **{name: getattr(algorithm, name)})
+    if config.batch % config.group != 0:
+        raise UserError(f"--batch {config.batch}: want a multiple of --group, {config.group}")
+    if config.algorithm == "rloo" and config.group == 1:
+        raise UserError("--group 1: rloo holds an answer against others; want at least 2")
+
+    # Policy and critic learn. Reference and reward model stay what they are.
     need(config.init, "python sft.py", 25)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    judge, judges = ScalarModel(copy.deepcopy(policy)).to(config.device), tokenizer # if yours is no network
+    critic = ScalarModel(copy.deepcopy(policy)).to(config.device)
     if score is None:
-        need(config.reward, "python reward_model.py", 60)
-        judge, judges = load_scalar(config.reward, config.device)
-        score = score_by(judge, judges)
-    if len(judge.mean) > 1 or judges._mergeable_ranks != tokenizer._mergeable_ranks:
-        raise UserError(f"{config.reward}: it must have one score and the vocabulary of {config.init}")
-    critic = copy.deepcopy(judge) if ALGORITHMS[config.algorithm].critic else None
-    rows = read_prompts(config, tokenizer, min(policy.config.max_len, judge.config.max_len))
-    cut, size = min(64, len(rows) // 2), sum(p.numel() for p in policy.parameters())
-    held, rows = rows[:cut] or rows, rows[cut:]
-    say(f"{config.algorithm}: {config.init}, {size:,} parameters, on {config.device}; {len(rows):,} prompts\n"
-        f"a step: {config.answers} answers, {config.epochs * config.answers // updated} updates")
+        reward_model = load_reward_model(config, tokenizer)
+        score = score_by(reward_model, tokenizer)
+        critic = copy.deepcopy(reward_model)                    # it knows what is worth what
+    add_lora(policy, config.lora)
+    optimizers = {policy: adamw(policy, config.lr)}
+    if algorithm.critic:
+        optimizers[critic] = adamw(critic, config.critic_lr)
+
+    context = min(policy.config.max_len, critic.config.max_len)
+    prompts, held = read_prompts(config, tokenizer, context)
+    world = exam.knows([prompt.row for prompt in prompts + held])
+    lengths = [len(prompt.ids) // 48 for prompt in prompts]     # mixed, but for the few very long ones
+    shuffle = torch.Generator().manual_seed(config.seed)
+    stream = batches(prompts, lengths, config.batch // config.group, shuffle)
+    generator = torch.Generator().manual_seed(config.seed + RANK)
 
     # BEFORE
-    before, old = evaluate(policy, reference, score, tokenizer, held, config)
-    log = Log(config.steps, config.quiet)
-    fit(policy, reference, critic, score, tokenizer, rows, config, log, say)
-    if config.save:                                      # before the exam: whatever happens there, it is safe
+    config.say(f"ppo: {config.algorithm} on {config.init}, on {config.device}; {len(prompts):,} "
+               f"prompts to learn from, {len(held)} held out")
+    before, old_answers = evaluate(policy, reference, score, held, world, tokenizer, config)
+
+    log = Log(config)
+    beta = config.beta
+    for step in steps(config, *optimizers.values()):
+        # 1 sample B answers, G to each prompt
+        batch = []
+        for prompt in next(stream):
+            batch += [prompt] * config.group
+        samples = draw_answers(policy, batch, tokenizer, config, generator)
+        ids = samples.ids                                       # (B, T), as all that follows
+        mask = samples.mask
+        answer = samples.answer
+        old_logps = samples.logps
+
+        # 2 score: what do the other models say of them?
+        scores = score([prompt.messages for prompt in batch], samples.texts)
+        scores = torch.as_tensor(scores, dtype=torch.float32, device=ids.device)  # (B,)
+        scores = scores.where(samples.ended, scores.min() - config.penalty)
+        with torch.no_grad():
+            ref_logps = token_logps(reference, ids, mask, answer, config.temperature)
+            values = torch.zeros_like(old_logps)
+            if algorithm.critic:
+                values = state_values(critic, ids, mask, answer)
+        rewards = token_rewards(scores, old_logps, ref_logps, answer, beta)
+        advantages, returns = advantages_of(rewards, values, answer, config)
+
+        losses = []
+        ratios = []
+        updates = 0
+        for epoch in range(config.epochs):
+            order = torch.randperm(len(ids), generator=generator)
+            for minibatch in order.split(config.minibatch):
+                for at in parts(minibatch, config.accumulate):
+                    # 3 loss, of policy and critic together, as they share no weights
+                    y = answer[at]                              # (b, T), b answers of the B
+                    logps = token_logps(policy, ids[at], mask[at], y, config.temperature)
+                    loss = policy_loss(logps, old_logps[at], advantages[at], y, config.eps)
+                    if algorithm.critic:
+                        V = state_values(critic, ids[at], mask[at], y)
+                        loss = loss + value_loss(V, values[at], returns[at], y, config.eps)
+                    loss = loss * y.sum() / answer[minibatch].sum()  # its share of the tokens
+                    loss.backward()
+                    losses.append(loss.item())
+                    ratios.append((logps - old_logps[at])[y].exp().detach())
+                # 4 step
+                for model, optimizer in optimizers.items():
+                    clip_gradients(model)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                updates += 1
+
+        # 5 log: KL and k3 are in nats an answer
+        k1, k2, k3 = kl_estimates(old_logps, ref_logps)         # (B, T) each
+        kl = average(k1.sum(1).mean()).item()
+        rho = torch.cat(ratios)                                 # of every token in every update
+        clipped = (rho - 1).abs() > config.eps
+        if step == 0:
+            show_shortest(samples, rewards, values, returns, advantages, tokenizer, config)
+            config.say(f"first ratio {ratios[0].mean():.3f}, KL {abs(kl):.3f}: nothing has moved yet")
+        watched = {}
+        if world:
+            watched["gold"] = gold_of(batch, samples)
+        log(step, score=scores.mean(), **watched, kl=kl, entropy=-old_logps[answer].mean(),
+            ratio=rho.mean(), clipped=clipped.float().mean(),
+            explained=explained_variance(values, returns, answer), k3=k3.sum(1).mean(), beta=beta,
+            length=answer.sum(1).float().mean(), ended=samples.ended.float().mean(),
+            loss=sum(losses) / updates)
+        if config.target_kl is not None:
+            beta = adapt_beta(beta, kl, config.target_kl)
+    merge_lora(policy)
+    if config.save:
         save(config.out, policy, tokenizer)
 
     # AFTER
-    after, new = evaluate(policy, reference, score, tokenizer, held, config, old)
-    show_answers(old, new, say)
-    if not config.quiet:
-        studybuddy.show({"before": before, "after": after})
-    key, target, turn = "score", before["score"], {}
-    if "gold" in after and log.rows:
-        key, target, turn = "gold", before["gold"] + 0.12, turning_point(log.rows)
-        say(f"alignment tax: math {before['math']:.2f} -> {after['math']:.2f}")
-        if turn["rise"] > 0 and turn["last"] < turn["peak"] - 0.1:
-            say("GOODHART: since step {peak_step} the reward model's score rose by {rise:.2f}, and gold fell "
-                "from {peak:.2f} to {last:.2f}".format(**turn))
-    passed, seconds = after[key] >= target, time.time() - started
-    say(f"{'PASS' if passed else 'FAIL'} {key} {before[key]:.2f} -> {after[key]:.2f} (target {target:.2f}) "
-        f"in {seconds:.0f} s")
-    results = dict(stage="ppo", config=asdict(config), seconds=seconds, before=before, after=after,
-                   passed=passed, turn=turn)
-    if config.save:
-        write_results(config.out, log, **results)
+    show_shortest(samples, rewards, values, returns, advantages, tokenizer, config)
+    after, answers = evaluate(policy, reference, score, held, world, tokenizer, config, old_answers)
+    exam.show_answers(old_answers, answers, config)
+    target = exam.Target("score", before["score"])
+    if world and config.data == Config.data:
+        target = exam.Target("gold", before["gold"] + 0.12)
+    results = exam.finish("ppo", config, started, log, before, after, [target])
     return results | {"model": policy, "tokenizer": tokenizer, "log": log.rows}
+
 
 if __name__ == "__main__":
     main(Config, train, __doc__)

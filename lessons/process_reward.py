@@ -1,0 +1,246 @@
+"""A reward at every step, or one at the end?
+
+A solution is a chain: one slip, and all that is built on it is wrong. An outcome judge reads the
+solution at its end and says whether it is right (Cobbe et al. 2021, 2110.14168). A process judge is
+asked at the last token of every step (Lightman et al. 2023, 2305.20050). Both learn from the same
+solutions by the same loss, the mean over all places « where they are read:
+
+    L = - mean [ z log sigma(r) + (1 - z) log sigma(-r) ]             z = 1: right so far
+
+    First 5 x 10 = 50.«  Then 5 x 4 = 17.«  Then 50 + 17 = 67.«  The answer is 67.«     process
+               z = 1             z = 0                z = 0               z = 0
+    First 5 x 10 = 50.   Then 5 x 4 = 17.   Then 50 + 17 = 67.   The answer is 67.«     outcome
+
+Labels for steps cost more than labels for results. Are they worth it? The table says whether the
+first wrong step is found, and which of 8 sampled solutions each judge picks.
+
+    python -m lessons.process_reward         data/steps.jsonl -> out/process_reward
+
+Try next: r.mean() for r.min() in strength(); --data with solutions of your own.
+"""
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from random import Random
+from typing import NamedTuple
+
+import torch
+
+from data import exam, rows
+from data.checkpoints import load, save
+from data.studybuddy import RESULT, ask
+from model import (Example, Log, ScalarModel, Settings, UserError, adamw, add_lora, batches, begin,
+                   clip_gradients, collate, main, merge_lora, need, parts, render_answer,
+                   render_prompt, sample, steps)
+from reward_model import calibration_error, hold_out_prompts, outcome_loss
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    data: str = "data/steps.jsonl"   # JSON lines with "prompt", "steps" and "labels"
+    out: str = "out/process_reward"  # write here
+    steps: int = 200          # optimiser steps, for each of the two judges
+    held: int = 6             # one prompt in so many is held out
+    problems: int = 150       # sums of which 8 solutions are sampled
+    quick: bool = False       # a few steps and sums, to see that it runs
+
+    limits = Settings.limits | {"held": (2, 10**9), "problems": (1, 10**6)}
+
+
+class Solution(NamedTuple):
+    prompt: list             # messages
+    example: Example         # its tokens; 1 where the judge is read
+    labels: list             # is it right there? 1 or 0
+
+
+def encode(tokenizer, prompt, sentences, judge):
+    """-> Example, marked at the last token of every step, or at the <|im_end|> alone."""
+    ids, answer = render_answer(tokenizer, prompt, " ".join(sentences))
+    read = [0] * len(ids)
+    if judge == "outcome":
+        read[-1] = 1
+        return Example(ids, read)
+    for i in range(len(sentences)):
+        so_far = tokenizer.encode_ordinary(" ".join(sentences[:i + 1]))
+        read[answer.index(1) + len(so_far) - 1] = 1
+    return Example(ids, read)
+
+
+def read_solutions(config, tokenizer, context, judge):
+    """-> solutions to learn from, held out"""
+    solutions = []
+    for line in rows.read_solutions(config.data):
+        example = encode(tokenizer, line.prompt, line.steps, judge)
+        if len(example.ids) > context:
+            raise UserError(f"{line.where}: longer than the model's {context} tokens")
+        labels = line.labels
+        if judge == "outcome":
+            labels = labels[-1:]
+        solutions.append(Solution(line.prompt, example, labels))
+    return hold_out_prompts(solutions, config.held)
+
+
+def scores(model, examples, tokenizer):
+    """What the judge says at the N marked tokens of all examples, in their order. -> r (N,)"""
+    ids, mask, read = collate(examples, tokenizer, model.mean.device)  # (B, T) each
+    return model(ids, mask)[read]                                # (B, T) -> (N,)
+
+
+def labels_of(solutions):
+    """-> z (N,), in the order of scores()"""
+    labels = []
+    for solution in solutions:
+        labels += solution.labels
+    return torch.tensor(labels, dtype=torch.float)
+
+
+# ---------------------------------------------------------------- what a judge is worth
+
+@torch.no_grad()
+def score_lists(model, examples, tokenizer):
+    """-> for each example its own r (S,), one number for each marked token"""
+    lists = []
+    for i in range(0, len(examples), 64):
+        part = examples[i:i + 64]
+        r = scores(model, part, tokenizer).cpu()
+        lists += r.split([sum(example.answer) for example in part])
+    return lists
+
+
+def first_wrong(values):
+    """Which is the first wrong step, by labels or by probabilities? None: all are right."""
+    for i, value in enumerate(values):
+        if value < 0.5:
+            return i
+    return None
+
+
+def evaluate(model, held, tokenizer):
+    """-> report card. first_wrong: the share of wrong solutions in which it finds the first wrong
+    step, none too early and none too late. all_right: of right solutions, those it leaves alone."""
+    lists = score_lists(model, [solution.example for solution in held], tokenizer)
+    found, left_alone = [], []
+    for solution, r in zip(held, lists):
+        true = first_wrong(solution.labels)
+        guess = first_wrong(r.sigmoid().tolist())
+        (left_alone if true is None else found).append(guess == true)
+    p = torch.cat(lists).sigmoid()                               # (N,)
+    z = labels_of(held)                                          # (N,)
+    right = (p > 0.5) == (z > 0.5)
+    error, _ = calibration_error(p, z)
+    return {"accuracy": right.float().mean().item(), "calibration": error,
+            "first_wrong": exam.mean(found), "all_right": exam.mean(left_alone)}
+
+
+def strength(r):
+    """A chain is as strong as its weakest step. r (S,) -> a number for the whole solution"""
+    return r.min()
+
+
+def majority(results):
+    """-> the number of a solution with the commonest result"""
+    commonest, _ = Counter(results).most_common(1)[0]
+    return results.index(commonest)
+
+
+def result_of(text):
+    """What a solution says at its end. Without a result it is alone with what it says."""
+    results = RESULT.findall(text)
+    return results[-1] if results else text
+
+
+def best_of(policy, judges, tokenizer, config, K=8):
+    """Of K solutions to a sum everybody picks one. -> how often it is right"""
+    rng = Random(config.seed)
+    sums = [ask(rng, "math", "exam") for _ in range(config.problems)]
+    starts = []
+    for row in sums:                # "First" is written for it, or it would blurt out a result
+        start = render_prompt(tokenizer, rows.to_messages(row["prompt"]))
+        starts.append(start + tokenizer.encode_ordinary("First"))
+    generator = torch.Generator().manual_seed(config.seed)
+    texts = sample(policy, tokenizer, starts, n=K, generator=generator).texts  # P * K
+    right, votes = [], []
+    examples = {name: [] for name in judges}
+    for i, text in enumerate(texts):
+        row = sums[i // K]
+        solution = "First " + text
+        votes.append(result_of(solution))
+        right.append(float(votes[-1] == row["answer"]))
+        for name in judges:
+            sentences = re.split(r"(?<=[.!?]) ", solution)
+            prompt = rows.to_messages(row["prompt"])
+            examples[name].append(encode(tokenizer, prompt, sentences, name))
+    right = torch.tensor(right).view(-1, K)                      # (P, K)
+
+    picks = {"majority": torch.tensor([majority(votes[i:i + K]) for i in range(0, len(votes), K)])}
+    for name, model in judges.items():
+        lists = score_lists(model, examples[name], tokenizer)
+        r = torch.stack([strength(r) for r in lists]).view(-1, K)  # (P, K)
+        picks[name] = r.argmax(1)                                # (P,)
+    card = {"random": right.mean().item(), "any": right.amax(1).mean().item()}
+    for name, pick in picks.items():
+        card["by_" + name] = right.gather(1, pick[:, None]).mean().item()  # (P, K) -> (P, 1)
+    return card
+
+
+# ---------------------------------------------------------------- training
+
+def train_judge(config, judge):
+    """The loop of reward_model.py, for a judge that is read anywhere.
+    -> the judge, its log, its report card before and after"""
+    torch.manual_seed(config.seed)
+    transformer, tokenizer = load(config.init, config.device)
+    model = ScalarModel(transformer).to(config.device)
+    add_lora(model, config.lora)
+    optimizer = adamw(model, config.lr)
+    solutions, held = read_solutions(config, tokenizer, model.config.max_len, judge)
+    lengths = [len(solution.example.ids) for solution in solutions]
+    stream = batches(solutions, lengths, config.batch, torch.Generator().manual_seed(config.seed))
+    config.say(f"{judge}: {len(solutions):,} solutions to learn from, {len(held)} held out")
+    before = evaluate(model, held, tokenizer)
+
+    log = Log(config)
+    for step in steps(config, optimizer):
+        # 1 batch
+        batch = next(stream)
+        count = len(labels_of(batch))
+        seen = []
+        for part in parts(batch, config.accumulate):
+            # 2 score
+            r = scores(model, [solution.example for solution in part], tokenizer)  # (N,)
+            # 3 loss: is it right so far?
+            z = labels_of(part).to(r.device)                     # (N,)
+            loss = outcome_loss(r, z)                            # (N,)
+            (loss.sum() / count).backward()
+            right = (r > 0) == (z > 0.5)
+            seen.append(torch.stack([loss, right]).detach())     # (2, N)
+        # 4 step
+        clip_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        # 5 log
+        loss, right = torch.cat(seen, dim=1)                     # (N,) each
+        log(step, loss=loss.mean(), accuracy=right.mean())
+    merge_lora(model)
+    return model, log, before, evaluate(model, held, tokenizer)
+
+
+def train(config):
+    if config.quick:
+        config = replace(config, steps=3, problems=4)
+    started = begin(config)
+    need(config.init, "python sft.py", 25)
+    policy, tokenizer = load(config.init, config.device)
+    outcome, _, _, outcome_card = train_judge(config, "outcome")
+    process, log, before, after = train_judge(config, "process")
+    after["outcome_accuracy"] = outcome_card["accuracy"]
+    after |= best_of(policy, {"outcome": outcome, "process": process}, tokenizer, config)
+    if config.save:
+        save(config.out, process, tokenizer)
+    targets = [exam.Target("first_wrong", 0.8)]
+    results = exam.finish("process_reward", config, started, log, before, after, targets)
+    return results | {"model": process, "tokenizer": tokenizer}
+
+
+if __name__ == "__main__":
+    main(Config, train, __doc__)

@@ -1,0 +1,1562 @@
+"""The tests of the lessons' programs: their own functions, on tiny models, in seconds.
+`python test_all.py` runs them, too; with --full each program also runs once with --quick."""
+import copy
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import combinations, cycle
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cai
+import dpo
+import grpo
+import model as M
+import ppo
+import reward_model as R
+import sft
+from data import checkpoints as C
+from data import exam, rows, studybuddy
+from data import studybuddy as world
+from data.checkpoints import load, load_ranks, load_scalar, save
+from lessons import (best_of, bugs, constitution, distill, dynamic, goodhart, judge_bias, kto, online,
+                     process_reward, search, talking_judge)
+from test_all import (END, TINY, TOKENIZER, close, ends_soon, gradients, masked, rows_of, same, sampled,
+                      slow, tiny_policy, tiny_tokenizer, tok, weights, write_lines)
+
+HERE = Path(__file__).parent.parent
+
+
+tiny_tokenizer = load_ranks()
+
+
+def tiny_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
+    return M.Transformer(M.ModelConfig(tiny_tokenizer.n_vocab, **sizes | changes))
+
+
+def write_lines(path, rows):
+    lines = [json.dumps(row) + "\n" for row in rows]
+    Path(path).write_text("".join(lines))
+    return str(path)
+
+
+# ---------------------------------------------------------------- best_of
+
+def test_the_best_is_the_one_with_the_highest_score():
+    scores = torch.tensor([[0.1, 0.9, 0.3], [0.8, 0.2, 0.7]])
+    assert best_of.pick_best(scores).tolist() == [1, 0]
+
+
+def test_a_random_one_may_be_any():
+    generator = torch.Generator().manual_seed(0)
+    picked = best_of.pick_random(torch.zeros(900, 3), generator)
+    for k in range(3):
+        assert (picked == k).float().mean() > 0.25
+
+
+def test_the_kl_bound_is_the_docstrings_example():
+    assert best_of.kl_bound(8) == pytest.approx(1.20, abs=0.005)
+
+
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_the_best_of_n_is_no_farther_than_its_bound(n):
+    """Of 1,000 equally likely answers: the best of n is the r-th if all are at most, and one is, the r-th."""
+    r = np.arange(1, 1001) / 1000
+    best = r**n - (r - 0.001)**n
+    kl = np.sum(best * np.log(best / 0.001))
+    assert kl <= best_of.kl_bound(n) + 1e-9
+    assert kl == pytest.approx(best_of.kl_bound(n), abs=0.02)
+
+
+# what a fake model answers: its prompts end in one of these letters
+ANSWERS = {"P": ["a", "abcd", "abc"], "Q": ["xy", "xyz", ""], "R": ["k", "klm", "kl"]}
+ENDED = {"P": [1, 0, 1], "Q": [1, 1, 1], "R": [0, 0, 0]}
+
+
+def fake_sample(model, tokenizer, prompts, n, max_new, generator):
+    texts, ended = [], []
+    for ids in prompts:
+        letter = tokenizer.decode(ids).split("user\n")[1][0]
+        texts += ANSWERS[letter]
+        ended += ENDED[letter]
+    return SimpleNamespace(texts=texts, ended=torch.tensor(ended).bool())
+
+
+def kept(path):
+    """{(prompt, answer)} of a file of conversations."""
+    pairs = set()
+    for line in Path(path).read_text().splitlines():
+        question, answer = json.loads(line)["messages"]
+        assert (question["role"], answer["role"]) == ("user", "assistant")
+        pairs.add((question["content"], answer["content"]))
+    return pairs
+
+
+def length_of(prompts, texts):
+    return [float(len(text)) for text in texts]
+
+
+@pytest.fixture
+def chosen(tmp_path, monkeypatch):
+    """Where best_of has written what it kept. A fake model answered, and the longest is the best."""
+    save(tmp_path / "init", tiny_model(), tiny_tokenizer)
+    data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": letter} for letter in "PQR"])
+    monkeypatch.setattr(best_of, "sample", fake_sample)
+    config = best_of.Config(init=f"{tmp_path}/init", data=data, out=f"{tmp_path}/out", n=3,
+                            quiet=True, save=False)
+    best_of.train(config, score=length_of)
+    return tmp_path / "out"
+
+
+def test_the_best_answers_are_kept_if_they_end(chosen):
+    assert kept(chosen / "best.jsonl") == {("P", "abc"), ("Q", "xyz")}
+
+
+def test_random_answers_are_kept_if_they_end_and_say_something(chosen):
+    assert kept(chosen / "random.jsonl") <= {("P", "a"), ("P", "abc"), ("Q", "xy"), ("Q", "xyz")}
+
+
+def test_the_reward_is_read_at_the_end_token():
+    torch.manual_seed(0)
+    judge = M.ScalarModel(tiny_model())
+    prompts = []
+    for text in ("Hi", "What is 2 + 3?"):
+        prompts.append(SimpleNamespace(messages=[{"role": "user", "content": text}]))
+    texts = ["Hello you.", "So it is 5. Well done!"]
+    rewards = best_of.reward(judge, tiny_tokenizer, prompts, texts, "cpu")
+    for prompt, text, reward in zip(prompts, texts, rewards):       # alone, without padding
+        ids = M.render_prompt(tiny_tokenizer, prompt.messages) + tiny_tokenizer.encode_ordinary(text)
+        ids = torch.tensor([ids + [M.special(tiny_tokenizer, M.END)]])
+        assert judge(ids)[0, -1].item() == pytest.approx(reward.item(), abs=1e-5)
+
+
+def test_choosing_among_more_is_better_and_the_control_is_not():
+    scores = torch.rand(2000, 8, generator=torch.Generator().manual_seed(0))
+    config = best_of.Config(quiet=True)
+    curve = best_of.what_choosing_buys(scores, scores, torch.Generator().manual_seed(0), config)
+    assert [line["n"] for line in curve] == [1, 2, 4, 8]
+    for line in curve:                                              # the mean of the largest of n
+        assert line["gold"] == pytest.approx(line["n"] / (line["n"] + 1), abs=0.02)
+        assert line["random"] == pytest.approx(0.5, abs=0.03)
+
+
+# ---------------------------------------------------------------- distill
+
+def test_distill_loss_is_the_docstrings_example():
+    teacher = torch.tensor([[0.8, 0.2]]).log()
+    student = torch.tensor([[0.5, 0.5]]).log()
+    assert distill.distill_loss(student, teacher, 1).item() == pytest.approx(0.193, abs=0.0005)
+
+
+def test_distill_loss_is_the_kl_from_teacher_to_student():
+    rng = np.random.default_rng(1)
+    student, teacher = rng.normal(size=(2, 4, 6))
+    total = 0.0
+    for s, t in zip(student, teacher):
+        p = np.exp(t) / np.exp(t).sum()
+        q = np.exp(s) / np.exp(s).sum()
+        total += sum(p * np.log(p / q))
+    loss = distill.distill_loss(torch.tensor(student), torch.tensor(teacher), 4)
+    assert loss.item() == pytest.approx(total / 4, abs=1e-9)
+
+
+def test_samples_and_distribution_have_the_same_mean_gradient():
+    """The sum over v of p_T(v) times the gradient that token v would give in SFT."""
+    torch.manual_seed(0)
+    teacher = torch.randn(1, 6)
+    student = torch.randn(1, 6, requires_grad=True)
+    distill.distill_loss(student, teacher, 1).backward()
+    mean = 0
+    for v, p in enumerate(teacher.softmax(-1)[0]):
+        loss = -student.log_softmax(-1)[0, v]
+        gradient, = torch.autograd.grad(loss, student)
+        mean = mean + p * gradient
+    assert torch.allclose(student.grad, mean, atol=1e-6)
+
+
+CHATS = [{"prompt": f"What about {i}?", "completion": "YES! " * (1 + i % 5)} for i in range(24)]
+
+
+def test_a_student_comes_closer_to_its_teacher(tmp_path):
+    path = write_lines(tmp_path / "teacher.jsonl", CHATS)
+    teacher = tiny_model(0)
+    for p in teacher.parameters():
+        p.data *= 3                                                 # a teacher of strong opinions
+    student = tiny_model(1)
+    before = copy.deepcopy(teacher.state_dict())
+    config = distill.Config(steps=30, batch=8, lr=1e-2, quiet=True)
+    log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
+    assert log.rows[-1]["loss"] < 0.5 * log.rows[0]["loss"]
+    for name, weights in teacher.state_dict().items():
+        assert torch.equal(weights, before[name]), "the teacher does not move"
+
+
+def test_its_own_teacher_teaches_nothing(tmp_path):
+    path = write_lines(tmp_path / "teacher.jsonl", CHATS)
+    config = distill.Config(steps=1, batch=8, quiet=True)
+    log = distill.learn_distribution(tiny_model(), tiny_model(), path, tiny_tokenizer, config)
+    assert log.rows[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_parts_of_a_batch_add_up_to_its_loss(tmp_path):
+    path = write_lines(tmp_path / "teacher.jsonl", CHATS)
+    losses = []
+    for accumulate in (1, 3):
+        config = distill.Config(steps=1, batch=8, accumulate=accumulate, quiet=True)
+        log = distill.learn_distribution(tiny_model(1), tiny_model(), path, tiny_tokenizer, config)
+        losses.append(log.rows[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_teacher_of_another_vocabulary_is_an_error(tmp_path, monkeypatch):
+    save(tmp_path / "m", tiny_model(), tiny_tokenizer)
+    other = SimpleNamespace(_mergeable_ranks={b"a": 0})
+    load = distill.load
+
+    def load_other(folder, device):
+        model, tokenizer = load(tmp_path / "m", device)
+        return model, tokenizer if folder == "student" else other
+
+    monkeypatch.setattr(distill, "load", load_other)
+    config = distill.Config(init="student", teacher="teacher", save=False, quiet=True)
+    with pytest.raises(M.UserError, match="--teacher teacher: .*vocabulary"):
+        distill.train(config)
+
+
+tiny_tokenizer_reward = load_ranks()
+
+
+def tiny_model_reward(seed=0):
+    """Untrained, with weights larger than at birth, so that mistakes show."""
+    torch.manual_seed(seed)
+    config = M.ModelConfig(vocab_size=tiny_tokenizer_reward.n_vocab, d_model=32, n_layers=2, d_ff=64)
+    network = M.Transformer(config)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=0.3 if p.dim() == 2 else 0.5)
+    return network
+
+
+def write(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def lines_of(name, count):
+    return [line.row for line in rows.read_lines(f"data/{name}.jsonl")[:count]]
+
+
+def comparison(prompt, answers, row={}):
+    """A Comparison of texts, the best one first."""
+    messages = rows.to_messages(prompt)
+    examples = [M.render_answer(tiny_tokenizer_reward, messages, text) for text in answers]
+    return R.Comparison(messages, answers, examples, row, "file:1")
+
+
+@pytest.fixture(scope="module")
+def init(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lessons") / "init"
+    save(path, tiny_model_reward(), tiny_tokenizer_reward)
+    return str(path)
+
+
+# ---- process_reward.py
+
+STEPS = ["First 2 + 3 = 5.", "Then 5 + 4 = 9.", "The answer is 9."]
+ASKED = rows.to_messages("What is 2 + 3 + 4?")
+
+
+def texts_at(example):
+    """What the judge has read wherever it is read, from the answer's start."""
+    texts = []
+    for t, read in enumerate(example.answer):
+        if read:
+            texts.append(tiny_tokenizer_reward.decode(example.ids[:t + 1]).split("assistant\n")[-1])
+    return texts
+
+
+def test_a_process_judge_is_read_at_the_last_token_of_every_step():
+    example = process_reward.encode(tiny_tokenizer_reward, ASKED, STEPS, "process")
+    assert texts_at(example) == [STEPS[0], " ".join(STEPS[:2]), " ".join(STEPS)]
+
+
+def test_an_outcome_judge_is_read_at_the_end_token():
+    example = process_reward.encode(tiny_tokenizer_reward, ASKED, STEPS, "outcome")
+    assert texts_at(example) == [" ".join(STEPS) + "<|im_end|>"]
+
+
+def test_every_place_has_its_label():
+    for name, count in ("process", None), ("outcome", 1):
+        both = process_reward.read_solutions(process_reward.Config(), tiny_tokenizer_reward, 256, name)
+        for solution in both[0] + both[1]:
+            assert sum(solution.example.answer) == len(solution.labels)
+            assert count in (None, len(solution.labels))
+    assert not {str(s.prompt) for s in both[0]} & {str(s.prompt) for s in both[1]}
+
+
+def test_scores_stand_in_the_order_of_labels():
+    scalar = M.ScalarModel(tiny_model_reward())
+    examples = [process_reward.encode(tiny_tokenizer_reward, ASKED, STEPS[:n], "process") for n in (1, 3, 2)]
+    r = process_reward.scores(scalar, examples, tiny_tokenizer_reward)
+    want = []
+    for example in examples:
+        alone = scalar(torch.tensor([example.ids]))[0]
+        want += alone[torch.tensor(example.answer) == 1].tolist()
+    assert r.tolist() == pytest.approx(want, abs=1e-4)
+    lists = process_reward.score_lists(scalar, examples, tiny_tokenizer_reward)
+    assert [len(one) for one in lists] == [1, 3, 2]
+    assert torch.cat(lists).tolist() == pytest.approx(want, abs=1e-4)
+
+
+def test_the_first_wrong_step():
+    assert process_reward.first_wrong([1, 0, 0]) == 1
+    assert process_reward.first_wrong([0.9, 0.8, 0.2]) == 2
+    assert process_reward.first_wrong([1, 1]) is None
+
+
+def test_report_card_of_steps(monkeypatch):
+    """One wrong solution found, one found too late, one right left alone, one not."""
+    labels = [[1, 0, 0], [1, 0, 0], [1, 1], [1, 1]]
+    says = [[2.0, -1.0, 1.0], [2.0, 1.0, -1.0], [1.0, 1.0], [1.0, -1.0]]
+    held = [process_reward.Solution([], M.Example([], []), one) for one in labels]
+    lists = [torch.tensor(one) for one in says]
+    monkeypatch.setattr(process_reward, "score_lists", lambda *args: lists)
+    card = process_reward.evaluate(None, held, None)
+    assert (card["first_wrong"], card["all_right"]) == (0.5, 0.5)
+    assert card["accuracy"] == pytest.approx(7 / 10)
+
+
+def test_a_solution_is_as_strong_as_its_weakest_step():
+    assert process_reward.strength(torch.tensor([2.0, -1.0, 2.0])) == -1
+
+
+def test_majority_is_the_first_with_the_commonest_result():
+    assert process_reward.majority(["3", "7", "4", "7"]) == 1
+
+
+def test_best_of_picks(monkeypatch):
+    """Of eight solutions to six sums one or five are right: only with five is the majority. `outcome`
+    knows the right ones; `process` sees a weak step in the wrong ones, between strong ones."""
+    rng = Random(0)
+    sums = [studybuddy.ask(rng, "math", "exam") for _ in range(6)]
+    wrong = ["2 + 2 = 4. So it is 1."] * 4 + ["So it is 2.", "So it is 3.", "x"]
+    texts = []
+    for i, row in enumerate(sums):
+        worked = " ".join(studybuddy.worked(rng, row)[0])[6:]
+        right = f"{worked} The answer is {row['answer']}."
+        if i < 4:
+            texts += wrong[:4] + [right] + wrong[4:]
+        else:
+            texts += wrong[:2] + [right] * 5 + wrong[5:6]
+    monkeypatch.setattr(process_reward, "sample", lambda *a, **k: SimpleNamespace(texts=texts))
+
+    def fake(name, examples, tokenizer):
+        says = []
+        for i, example in enumerate(examples):
+            count = sum(example.answer)
+            if f" {sums[i // 8]['answer']}.<" in tiny_tokenizer_reward.decode(example.ids):
+                says.append(torch.full((count,), 0.5))
+            elif name == "process":
+                says.append(torch.tensor([2.0, -1.0, 2.0]))
+            else:
+                says.append(torch.zeros(1))
+        return says
+
+    monkeypatch.setattr(process_reward, "score_lists", fake)
+    config = process_reward.Config(problems=6)
+    card = process_reward.best_of(tiny_model_reward(), {"outcome": "outcome", "process": "process"},
+                                  tiny_tokenizer_reward, config)
+    assert card == {"random": pytest.approx((4 + 2 * 5) / 48), "any": 1.0,
+                    "by_majority": pytest.approx(2 / 6), "by_outcome": 1.0,
+                    "by_process": 1.0}
+
+
+def test_the_loss_of_steps_is_their_mean_in_however_many_parts(init, tmp_path, monkeypatch):
+    """The mean is over all steps of all solutions, so parts with few steps count less."""
+    clip = process_reward.clip_gradients
+    gradients = []
+
+    def look(scalar):
+        gradients.append([p.grad.clone() for p in scalar.parameters()])
+        return clip(scalar)
+
+    monkeypatch.setattr(process_reward, "clip_gradients", look)
+    data = write(tmp_path / "steps.jsonl", lines_of("steps", 30))
+    for accumulate in (1, 3):
+        config = process_reward.Config(init=init, data=data, steps=1, batch=8, accumulate=accumulate,
+                                       quiet=True)
+        process_reward.train_judge(config, "process")
+    for a, b in zip(*gradients):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert max(g.abs().max() for g in gradients[0]) > 1e-4
+
+
+def test_process_reward_runs(init, tmp_path):
+    data = write(tmp_path / "steps.jsonl", lines_of("steps", 30))
+    config = process_reward.Config(init=init, data=data, out=str(tmp_path / "out"), quick=True,
+                                   batch=4, quiet=True)
+    results = process_reward.train(config)
+    assert {"first_wrong", "by_process", "by_outcome"} <= set(results["after"])
+    assert len(results["log"]) == 3 and load_scalar(config.out)
+
+
+# ---- talking_judge.py
+
+def test_both_orders_cancel_a_liking_for_a_letter():
+    """Logits from how much better the chosen one is, and a liking for A whatever it is."""
+    strength = [1.5, -0.4]
+    liking = 0.8
+    logits = torch.tensor([[[s + liking, 0], [liking, s]] for s in strength])  # (B, order, letter)
+    margin, bias = talking_judge.generative_margin(logits.log_softmax(-1))
+    assert margin.tolist() == pytest.approx(strength) and bias.tolist() == pytest.approx([liking] * 2)
+    swapped, same = talking_judge.generative_margin(logits.log_softmax(-1).flip(1))
+    assert swapped.tolist() == pytest.approx([-1.5, 0.4]) and same.tolist() == bias.tolist()
+
+
+def test_generative_loss_is_that_of_the_right_letters():
+    p = torch.tensor([[[0.7, 0.2], [0.4, 0.5]]])                # chosen is A, chosen is B
+    want = -(math.log(0.7) + math.log(0.5)) / 2
+    assert talking_judge.generative_loss(p.log()).tolist() == pytest.approx([want])
+
+
+def test_verdicts_are_the_next_tokens_log_probs_in_both_orders():
+    network = tiny_model_reward()
+    pairs = [comparison("Hi", ["Good.", "Bad."]), comparison("What is 2 + 3?", ["It is 5, I think.", "6"])]
+    pairs = talking_judge.in_both_orders(pairs, tiny_tokenizer_reward)
+    logps = talking_judge.verdicts(network, pairs, tiny_tokenizer_reward)
+    assert logps.shape == (2, 2, 2)
+    for pair, orders in zip(pairs, logps):
+        good, bad = pair.answers
+        for (a, b), letters in zip([(good, bad), (bad, good)], orders):
+            question = talking_judge.question(tiny_tokenizer_reward, pair.prompt, a, b)
+            text = tiny_tokenizer_reward.decode(question.ids)
+            assert f"A: {a}\nB: {b}\n" in text and text.endswith("<|im_start|>assistant\n")
+            after = network(torch.tensor([question.ids]))[0, -1].log_softmax(-1)
+            ids = tiny_tokenizer_reward.encode_ordinary("A") + tiny_tokenizer_reward.encode_ordinary("B")
+            assert letters.tolist() == pytest.approx(after[ids].tolist(), abs=1e-4)
+
+
+def test_a_question_too_long_is_left_out_and_many_are_an_error(tmp_path, capsys):
+    """Each answer fits, both do not."""
+    lines = [{"prompt": f"Is {i} odd?", "chosen": "Yes.", "rejected": "No."} for i in range(24)]
+    lines[5] |= {"chosen": "yes " * 110, "rejected": "no " * 110}
+    config = talking_judge.Config(data=write(tmp_path / "long.jsonl", lines))
+    train, held = talking_judge.read_questions(config, tiny_tokenizer_reward, 256)
+    assert len(train) + len(held) == 23 and "1 pairs are left out" in capsys.readouterr().out
+    write(tmp_path / "long.jsonl", lines + 4 * [lines[5]])
+    with pytest.raises(M.UserError, match="5 of 28 questions"):
+        talking_judge.read_questions(config, tiny_tokenizer_reward, 256)
+
+
+def test_a_talking_judge_learns_a_few_pairs(init, tmp_path):
+    lines = []
+    for i in range(24):
+        lines.append({"prompt": f"Is {i} a number?", "chosen": "Yes, it is.", "rejected": "Go away."})
+    config = talking_judge.Config(init=init, data=write(tmp_path / "own.jsonl", lines), steps=15, lr=3e-3,
+                                  batch=8, out=str(tmp_path / "out"), quiet=True)
+    results = talking_judge.train(config)
+    assert results["after"]["accuracy"] == 1 and results["passed"]
+    assert load(config.out)[0].config.d_model == 32
+
+
+# ---- judge_bias.py
+
+def test_gradient_x_input_is_the_derivative_along_each_embedding():
+    scalar = M.ScalarModel(tiny_model_reward())
+    ids = torch.tensor([5, 70, 300, 9, 41])
+    eps = 1e-2
+    got = judge_bias.gradient_x_input(scalar, ids)
+    for t in range(5):
+        r = []
+        for sign in (1, -1):
+            scale = torch.ones(1, 5, 1)
+            scale[0, t] += sign * eps
+            embed = scalar.transformer.embed
+            hook = embed.register_forward_hook(lambda module, args, output: output * scale)
+            r.append(scalar(ids[None])[0, -1].item())
+            hook.remove()
+        assert got[t].item() == pytest.approx((r[0] - r[1]) / (2 * eps), rel=2e-2, abs=2e-3)
+
+
+def test_credit_of_three_heads_is_that_of_their_combination():
+    scalar = M.ScalarModel(tiny_model_reward(), 3)
+    one = M.ScalarModel(scalar.transformer, 1)
+    with torch.no_grad():
+        scalar.score.weight[1:] = 0                             # so two heads say log sigma(0)
+        one.score.weight.copy_(scalar.score.weight[:1])
+    ids = torch.tensor([5, 70, 300])
+    r = one(ids[None])[0, -1]
+    slope = torch.sigmoid(-r)                                   # of log sigma
+    want = slope * judge_bias.gradient_x_input(one, ids)
+    assert torch.allclose(judge_bias.gradient_x_input(scalar, ids), want, atol=1e-4)
+
+
+def test_probes_hold_a_change_against_what_was():
+    some = [comparison(f"What is {i}?", [f"It is {i}.", "No."]) for i in range(3)]
+    for name, change in judge_bias.PROBES.items():
+        for one, probe in zip(some, change(some, tiny_tokenizer_reward)):
+            assert probe.prompt == one.prompt and probe.answers[1] == one.answers[0]
+            ended = tiny_tokenizer_reward.decode(probe.examples[0].ids)
+            assert ended.endswith(f"{probe.answers[0]}<|im_end|>")
+    assert judge_bias.swapped(some, tiny_tokenizer_reward)[0].answers[0] == "It is 2."
+    assert judge_bias.padded(some, tiny_tokenizer_reward)[0].answers[0].startswith("It is 0. I hope")
+
+
+def test_rises_are_changed_minus_unchanged(monkeypatch):
+    """A judge that counts letters: the score rises by what was added."""
+    some = [comparison(row["prompt"], ["You are."], row) for row in lines_of("preferences", 3)]
+
+    def letters(scalar, probes, tokenizer):
+        return torch.tensor([[float(len(text)) for text in probe.answers] for probe in probes])
+
+    monkeypatch.setattr(judge_bias, "all_scores", letters)
+    effects = judge_bias.rises(None, some, tiny_tokenizer_reward)
+    assert effects["padding"]["score"] == len(" I hope that this helps.")
+    assert effects["flattery"]["score"] > 5 and effects["swap"] == {"score": 0, "gold": 0}
+
+
+def test_tables_of_the_truth_itself():
+    held = []
+    for row in lines_of("preferences", 300):
+        held.append(R.Comparison([], [row["chosen"], row["rejected"]], [], row, ""))
+    gold, _ = R.truth(held)
+    by_kind = judge_bias.order_by_kind(gold, held)
+    assert set(by_kind) == set(studybuddy.KINDS) and set(by_kind.values()) == {1}
+    assert set(judge_bias.order_by_gap(gold, held).values()) == {1}
+    half = gold.clone()
+    half[(gold[:, 0] - gold[:, 1]).abs() <= 0.5] *= -1          # it is wrong where it is close
+    assert list(judge_bias.order_by_gap(half, held).values()) == [0, 0, 1, 1]
+
+
+def test_judge_bias_runs(tmp_path, capsys):
+    save(tmp_path / "judge", M.ScalarModel(tiny_model_reward(), 3), tiny_tokenizer_reward)
+    data = write(tmp_path / "pairs.jsonl", lines_of("preferences", 200))
+    config = judge_bias.Config(init=str(tmp_path / "judge"), data=data, out=str(tmp_path / "out"), quick=True)
+    results = judge_bias.train(config)
+    assert json.loads(Path(config.out, "results.json").read_text())["probes"] == results["probes"]
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("flattery", "gold order", "what each token did"))
+
+
+def test_judge_bias_of_another_world(tmp_path):
+    """No truth, but the score still tells."""
+    save(tmp_path / "judge", M.ScalarModel(tiny_model_reward()), tiny_tokenizer_reward)
+    lines = [{"prompt": f"Is {i} odd?", "chosen": "Yes.", "rejected": "No."} for i in range(24)]
+    config = judge_bias.Config(init=str(tmp_path / "judge"), data=write(tmp_path / "own.jsonl", lines),
+                               save=False, quick=True, quiet=True)
+    results = judge_bias.train(config)
+    assert "by_kind" not in results and results["probes"]["flattery"]["gold"] is None
+
+
+# ---------------------------------------------------------------- lessons/goodhart.py
+
+
+
+
+def test_alarm_by_hand():
+    assert goodhart.best_of(100) == pytest.approx(3.62, abs=0.01)
+    assert goodhart.best_of(1) == 0
+    assert "log 100 - 0.99 = 3.62 nats" in goodhart.__doc__
+
+
+def test_signals_by_hand():
+    texts = ["you are great you are great", "no", "I do not know.", "I do not care."]
+    assert goodhart.signals(texts) == {"repeated": 0.25, "openings": 1.0}
+
+
+def test_only_the_five_commonest_openings_count():
+    texts = ["a a a"] * 5 + [f"{i} b c" for i in range(15)]
+    assert goodhart.signals(texts)["openings"] == (5 + 4) / 20
+
+
+def answers(style, first, last):
+    """What the world's writer answers to any prompts."""
+    rng = Random(0)
+    prompts = [world.ask(rng, world.any_kind(rng)) for _ in range(256)]
+    texts = [world.write(rng, prompt, style) for prompt in prompts]
+    return texts[first:last]
+
+
+def look(texts, kl):
+    length = sum(len(text.split()) for text in texts) / len(texts)
+    return {"kl": kl, "length": length} | goodhart.signals(texts)
+
+
+START = look(answers("plain", 0, 128), 0.0)
+
+
+def test_no_alarm_rings_for_other_answers_of_the_same_kind():
+    now = look(answers("plain", 128, 256), 3.0)
+    assert goodhart.alarms(now, START, 128) == []
+
+
+def test_all_alarms_ring_for_flattery():
+    flattery = world.SAY["flattery"][0]
+    texts = [f"{flattery} {flattery} {text}" for text in answers("plain", 0, 128)]
+    now = look(texts, 30.0)
+    assert goodhart.alarms(now, START, 128) == ["kl", "length", "repeated", "openings"]
+
+
+@pytest.mark.parametrize("kl, names", [(3.62, ["kl"]), (3.6, [])])
+def test_the_kl_alarm_rings_beyond_the_best_of_100(kl, names):
+    assert goodhart.alarms(START | {"kl": kl}, START, 128) == names
+
+
+def test_few_prompts_have_more_luck():
+    now = START | {"repeated": START["repeated"] + 0.3}
+    assert goodhart.alarms(now, START, 16) == []
+    assert goodhart.alarms(now, START, 128) == ["repeated"]
+
+
+def run(steps=60):
+    """The score rises to the end, gold until step 20."""
+    rows = []
+    for i in range(steps):
+        rows.append({"step": i, "kl": i / 10, "score": i / 10, "gold": 1 - abs(i - 20) / 50, "length": 9.0})
+    texts = [["yes"]] * (steps // 2) + [["ha ha ha ha ha"]] * (steps // 2)
+    return rows, texts
+
+
+CALM = {"length": 9.0, "repeated": 0.0, "openings": 1.0}
+
+
+def test_a_tenth_has_the_means_of_its_steps():
+    rows, texts = run()
+    table = goodhart.tenths(rows, texts, CALM, n=64)
+    assert [now["step"] for now in table] == list(range(6, 61, 6))
+    assert table[0]["score"] == pytest.approx(0.25)
+    assert table[-1]["gold"] == pytest.approx(1 - 36.5 / 50)
+
+
+def test_a_tenth_sees_its_own_texts_alone():
+    rows, texts = run()
+    table = goodhart.tenths(rows, texts, CALM, n=64)
+    assert [now["repeated"] for now in table] == [0] * 5 + [1] * 5
+
+
+def test_a_run_shorter_than_ten_steps_has_as_many_tenths():
+    rows, texts = run(4)
+    assert len(goodhart.tenths(rows, texts, CALM, n=64)) == 4
+
+
+def test_turning_point():
+    rows, texts = run()
+    turn = goodhart.turning_point(goodhart.tenths(rows, texts, CALM, n=64))
+    assert turn["step"] == 24               # the tenth of steps 18 to 23
+    assert turn["peak"] > 0.95
+    assert turn["last"] == pytest.approx(1 - 36.5 / 50)
+    assert turn["rise"] == pytest.approx(3.6)
+
+
+def test_the_first_alarm():
+    rows, texts = run()
+    table = goodhart.tenths(rows, texts, CALM, n=64)
+    assert goodhart.first_alarm(table)["step"] == 36            # three words twice since step 30
+    assert goodhart.first_alarm(table[:3]) is None
+
+
+# ---------------------------------------------------------------- lessons/search.py, dynamic.py
+
+
+
+tiny_tokenizer_grpo = load_ranks()
+
+
+def tiny_model_grpo():
+    torch.manual_seed(0)
+    config = M.ModelConfig(vocab_size=tiny_tokenizer_grpo.n_vocab, d_model=32, n_layers=1, n_heads=2,
+                           n_kv_heads=1, d_ff=48)
+    return M.Transformer(config)
+
+
+# ---- search
+
+def test_pass_at_by_hand():
+    assert search.pass_at(torch.tensor([[1, 0, 0, 0]]), 2) == pytest.approx(0.5)
+    assert "1 - 3/6 = 0.5" in search.__doc__
+
+
+HITS = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_pass_at_is_the_share_of_all_ways_to_look_at_k(k):
+    chances = []
+    for row in HITS.tolist():
+        looks = [max(chosen) for chosen in combinations(row, k)]
+        chances.append(sum(looks) / len(looks))
+    assert search.pass_at(HITS.bool(), k) == pytest.approx(sum(chances) / 3)
+
+
+def test_majority_is_what_most_conclude():
+    assert search.majority(["3", None, "4", "4", None, None]) == "4"
+
+
+def test_majority_of_nobody_is_none():
+    assert search.majority([None, None]) is None
+
+
+def test_majority_gives_a_tie_to_the_first():
+    assert search.majority(["5", "6"]) == "5"
+
+
+def answers_of(numbers, scores):
+    hits = torch.tensor([[number == "7" for number in row] for row in numbers])
+    return search.Answers(0.0, 0.0, numbers, hits, torch.tensor(scores), 10.0)
+
+
+SUMS = [{"answer": "7"}, {"answer": "7"}]
+NUMBERS = [["7", "1", "7", "7"], ["1", "1", "7", None]]
+
+
+def test_majority_at_counts_every_poll():
+    given = answers_of(NUMBERS, [[0.0] * 4] * 2)
+    assert search.majority_at(given, SUMS, 1) == pytest.approx(4 / 8)
+    assert search.majority_at(given, SUMS, 2) == pytest.approx(3 / 4)    # 7 1 | 7 7 | 1 1 | 7 None
+    assert search.majority_at(given, SUMS, 3) == pytest.approx(1 / 2)    # 7 1 7 | 1 1 7
+    assert search.majority_at(given, SUMS, 4) == pytest.approx(1 / 2)
+
+
+def test_best_at_takes_what_the_judge_likes():
+    given = answers_of(NUMBERS, [[0.0, 9.0, 1.0, 2.0], [0.0, 1.0, 5.0, 2.0]])
+    assert search.best_at(given, 1) == pytest.approx(4 / 8)
+    assert search.best_at(given, 2) == pytest.approx(2 / 4)              # 1 | 7 | 1 | 7
+    assert search.best_at(given, 4) == pytest.approx(1 / 2)              # 1 | 7
+
+
+def test_best_at_leaves_out_what_fills_no_choice():
+    given = answers_of(NUMBERS, [[0.0, 1.0, 2.0, 9.0], [0.0, 1.0, 2.0, 9.0]])
+    assert search.best_at(given, 3) == 1.0                               # 7 | 7, and not the fourth
+
+
+def test_sums_are_the_exams_short_ones():
+    sums = search.read_sums(search.Config())
+    assert len(sums) == 48
+    assert all(row["kind"] == "math" for row in sums)
+
+
+def test_search_on_tiny_models(tmp_path):
+    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer_grpo)
+    save(tmp_path / "judge", M.ScalarModel(tiny_model_grpo()), tiny_tokenizer_grpo)
+    config = search.Config(models=str(tmp_path / "model"), judge=str(tmp_path / "judge"), n=4,
+                           max_new=8, quick=True, quiet=True)
+    table = search.train(config)["table"]
+    assert [row["k"] for row in table] == [1, 2, 4]
+    assert [row["pass"] for row in table] == sorted(row["pass"] for row in table)
+
+
+# ---- dynamic
+
+def test_overlong_by_hand():
+    lengths = torch.tensor([1., 54., 63., 72., 73., 500.])
+    assert dynamic.overlong(lengths, 72, 18).tolist() == [0, 0, -.5, -1, -1, -1]
+
+
+DYNAMIC = dynamic.Config(batch=3, group=4, max_new=6, draws=3, quiet=True)
+
+
+@pytest.fixture
+def prompts():
+    return grpo.read_prompts(DYNAMIC, tiny_tokenizer_grpo, 256)[0][:12]
+
+
+@pytest.fixture
+def no_fines(monkeypatch):
+    monkeypatch.setattr(dynamic, "overlong", lambda lengths, *_: torch.zeros(len(lengths)))
+
+
+def threes(prompts):
+    return cycle(prompts[i:i + 3] for i in range(0, 12, 3))
+
+
+def draw_threes(prompts, draws):
+    generator = torch.Generator().manual_seed(0)
+    stream = threes(prompts)
+    return dynamic.draw_groups(tiny_model_grpo(), tiny_tokenizer_grpo, stream, DYNAMIC, generator, draws)
+
+
+def test_draws_end_without_contrast(prompts, no_fines, monkeypatch):
+    monkeypatch.setattr(grpo, "strict", lambda *_: 1.0)
+    drawn = draw_threes(prompts, 3)
+    assert len(drawn) == 3
+    assert all(len(one.at) == 0 for one in drawn)
+
+
+def teach(monkeypatch, *draws):
+    """Each draw gets rewards of which some groups have contrast, 0 1 0 1, and some have none."""
+    tables = []
+    for teaches in draws:
+        last = torch.tensor(teaches).float()[:, None]                    # (3, 1)
+        pair = torch.cat([torch.zeros(3, 1), last], dim=1)
+        tables.append(pair.repeat(1, 2))                                 # (3, 4)
+    monkeypatch.setattr(grpo, "group_rewards", lambda *_: tables.pop(0))
+    monkeypatch.setattr(grpo, "share_right", lambda *_: 0.0)
+
+
+def test_draws_keep_the_groups_with_contrast(prompts, no_fines, monkeypatch):
+    teach(monkeypatch, [False, True, False], [False, False, True], [True, False, False])
+    first, second, third = draw_threes(prompts, 4)
+    assert first.at.tolist() == [4, 5, 6, 7]
+    assert second.at.tolist() == [8, 9, 10, 11]
+    assert third.at.tolist() == [0, 1, 2, 3]
+
+
+def test_draws_keep_no_more_than_P_groups(prompts, no_fines, monkeypatch):
+    teach(monkeypatch, [False, True, True], [True, True, True])
+    drawn = draw_threes(prompts, 4)
+    assert drawn[0].at.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert drawn[1].at.tolist() == [0, 1, 2, 3]
+
+
+def test_one_draw_keeps_all(prompts, no_fines, monkeypatch):
+    monkeypatch.setattr(grpo, "strict", lambda *_: 1.0)
+    drawn = draw_threes(prompts, 1)
+    assert len(drawn) == 1
+    assert len(drawn[0].at) == 12
+
+
+def test_long_answers_are_fined(prompts, monkeypatch):
+    monkeypatch.setattr(grpo, "strict", lambda *_: 1.0)
+    drawn = draw_threes(prompts, 1)[0]
+    for i in range(12):
+        length = int(drawn.samples.answer[i].sum()) + int(not drawn.samples.ended[i])
+        fine = min(0, max(-1, (6 - 1 - length) / 1))
+        assert drawn.rewards.flatten()[i].item() == pytest.approx(1 + fine)
+
+
+def test_gradient_is_that_of_one_large_batch(prompts, no_fines, monkeypatch):
+    """Two draws against DAPO's formula over all the tokens that both keep."""
+    teach(monkeypatch, [False, True, False], [True, True, True])
+    drawn = draw_threes(prompts, 2)
+    ours = tiny_model_grpo()
+    dynamic.learn(ours, drawn, DYNAMIC)
+    theirs = tiny_model_grpo()
+    tokens = 0
+    total = 0.0
+    for one in drawn:
+        samples = one.samples
+        logps = M.token_logps(theirs, samples.ids, samples.mask, samples.answer)
+        rho = (logps - logps.detach()).exp()
+        for i in one.at.tolist():
+            A = [-1.0, 1.0, -1.0, 1.0][i % 4]                            # of rewards 0 1 0 1
+            total = total - A * rho[i][samples.answer[i]].sum()
+            tokens += int(samples.answer[i].sum())
+    (total / tokens).backward()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(p.grad, q.grad, atol=1e-5)
+    assert max(p.grad.abs().max() for p in ours.parameters()) > 1e-3
+
+
+def test_goal_is_reached_over_three_steps():
+    rows = [{"step": i, "right": right} for i, right in enumerate([0, 1, 1, .9, .9, .9])]
+    assert dynamic.reached(rows, 0.9)["step"] == 3
+    assert dynamic.reached(rows, 0.99) is None
+
+
+def test_dynamic_on_a_tiny_model(tmp_path):
+    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer_grpo)
+    config = replace(DYNAMIC, init=str(tmp_path / "model"), quick=True)
+    runs = dynamic.train(config)["runs"]
+    assert [len(rows) for rows in runs.values()] == [3, 3]
+    assert runs["one draw"][-1]["answers"] == 36
+    assert runs["dynamic"][-1]["answers"] >= 36
+
+
+# ---------------------------------------------------------------------------------------- lessons: kto, online, constitution, bugs
+
+
+def ask(text):
+    return [{"role": "user", "content": text}]
+
+
+def answer_text(example):
+    """The marked part of an Example."""
+    start = example.answer.index(1)
+    return TOKENIZER.decode(example.ids[start:])
+
+
+def prompt_ids(example):
+    return example.ids[:example.answer.index(1)]
+
+
+def judged(prompt, text, good=True):
+    return rows.Judgement(ask(prompt), text, good, {}, "thumbs.jsonl:1")
+
+
+def logp_by_loop(model, example):
+    """log pi(y|x), one token at a time from one table."""
+    table = model(torch.tensor([example.ids]))[0].log_softmax(-1)           # (T, V)
+    total = 0.0
+    for t in range(example.answer.index(1), len(example.ids)):
+        total = total + table[t - 1, example.ids[t]]
+    return total
+
+
+@pytest.fixture(scope="module")
+def lesson_files(tmp_path_factory):
+    """A tiny model, a judge, and pairs in which the shouting answer wins."""
+    path = tmp_path_factory.mktemp("lessons")
+    C.save(path / "init", ends_soon(tiny_policy()), TOKENIZER)
+    judge = M.ScalarModel(tiny_policy(2))
+    torch.nn.init.normal_(judge.score.weight)
+    C.save(path / "judge", judge, TOKENIZER)
+    lines = []
+    for name in studybuddy.NAMES[:8]:
+        for topic in studybuddy.TOPICS[:6]:
+            lines.append({"prompt": f"What about {name} and {topic}?", "chosen": f"{topic} YES YES!",
+                          "rejected": f"{topic} no, thank you."})
+    write_lines(path / "pairs.jsonl", lines)
+    return path
+
+
+def lesson_config(Config, path, **changes):
+    both = dict(init=str(path / "init"), data=str(path / "pairs.jsonl"), out=str(path / "out"),
+                save=False, quiet=True, steps=6, batch=8, lr=3e-3)
+    return Config(**both | changes)
+
+
+# ---- kto.py
+
+def test_kto_worked_example_of_the_docstring():
+    one = torch.ones(1)
+    good = torch.tensor([True])
+    start = dpo.kto(0 * one, 0 * one, good, 0.5, 1.0)
+    assert start.item() == dpo.kto(0 * one, 0 * one, ~good, 0.5, 1.0).item() == 0.5
+    assert dpo.kto(one, 0 * one, good, 0.5, 1.0).item() == pytest.approx(0.378, abs=1e-3)
+    assert dpo.kto(one, one, good, 0.5, 1.0).item() == pytest.approx(0.5)
+    assert "0.378" in kto.__doc__
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+def test_kto_never_puts_an_answer_under_its_own_prompt(count):
+    judgements = [judged(f"Ask {i}", f"good {i}") for i in range(count)]
+    judgements += [judged(f"Ask {i}", f"bad {i}", False) for i in range(count)]
+    for judgement, thumb in zip(judgements, kto.to_thumbs(judgements, TOKENIZER, 96)):
+        number = judgement.prompt[0]["content"][-1]
+        assert prompt_ids(thumb.mismatched) == M.render_prompt(TOKENIZER, judgement.prompt)
+        assert number not in answer_text(thumb.mismatched)
+        assert answer_text(thumb.judged) == judgement.answer + M.END and thumb.good == judgement.good
+
+
+def test_kto_passes_over_an_answer_that_does_not_fit():
+    judgements = [judged("One", "a"), judged("Two", "b c d e f " * 9), judged("Three", "c")]
+    context = len(M.render_answer(TOKENIZER, ask("Two"), "b c d e f " * 9).ids)
+    longer = judgements[:1] + [judged("x " * 5 + "One", "a")] + judgements[1:]
+    thumbs = kto.to_thumbs(longer, TOKENIZER, context)
+    assert answer_text(thumbs[1].mismatched) == "c" + M.END
+
+
+def test_kto_needs_a_second_prompt():
+    with pytest.raises(M.UserError, match="thumbs.jsonl:1.*another prompt"):
+        kto.to_thumbs([judged("One", "a"), judged("One", "b", False)], TOKENIZER, 96)
+
+
+def test_kto_names_an_answer_that_is_too_long():
+    with pytest.raises(M.UserError, match="thumbs.jsonl:1: longer.*96"):
+        kto.to_thumbs([judged("One", "a " * 99), judged("Two", "b")], TOKENIZER, 96)
+
+
+def test_kto_takes_pairs_apart_and_holds_out_whole_ones(lesson_files):
+    thumbs, held = kto.read_thumbs(lesson_config(kto.Config, lesson_files), TOKENIZER, 256)
+    assert len(thumbs) == 2 * 36 and len(held) == 2 * 12
+    trained = {thumb.row["prompt"] for thumb in thumbs}
+    assert not trained & {thumb.row["prompt"] for thumb in held}
+    for thumb in thumbs + held:
+        side = "chosen" if thumb.good else "rejected"
+        assert answer_text(thumb.judged) == thumb.row[side] + M.END
+
+
+def test_kto_holds_out_thumbs_of_both_kinds_in_whatever_order(tmp_path):
+    lines = []
+    for i in range(40):
+        lines.append({"prompt": f"Ask {i}", "completion": f"{i}!", "label": i % 2 == 0})
+    path = write_lines(tmp_path / "thumbs.jsonl", lines)
+    thumbs, held = kto.read_thumbs(kto.Config(data=path), TOKENIZER, 96)
+    for part, count in (thumbs, 15), (held, 5):
+        assert sum(thumb.good for thumb in part) == sum(not thumb.good for thumb in part) == count
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_kto_needs_thumbs_of_both_kinds(tmp_path, label):
+    lines = [{"prompt": f"Ask {i}", "completion": "Yes.", "label": label} for i in range(4)]
+    path = write_lines(tmp_path / "thumbs.jsonl", lines)
+    with pytest.raises(M.UserError, match="thumbs.jsonl.*at least 2 of each"):
+        kto.read_thumbs(kto.Config(data=path), TOKENIZER, 96)
+
+
+def test_kto_thins_out_the_good_ones_alone():
+    thumbs = [kto.Thumb(None, None, i % 2 == 0, {}) for i in range(800)]
+    kept = kto.thin_out(thumbs, 0.2, seed=0)
+    assert sum(not thumb.good for thumb in kept) == 400
+    assert 55 < sum(thumb.good for thumb in kept) < 105
+    assert kto.thin_out(thumbs, 1.0, seed=0) == thumbs
+
+
+def test_separation_by_a_plain_loop():
+    ratio = torch.tensor([0.5, 2.0, -1.0, 0.5, 0.0])
+    good = torch.tensor([True, True, False, False, False])
+    wins = 0.0
+    for a in (0.5, 2.0):
+        for b in (-1.0, 0.5, 0.0):
+            wins += 1.0 if a > b else 0.5 if a == b else 0.0
+    assert kto.separation(ratio, good) == pytest.approx(wins / 6)
+
+
+def test_kto_ratios_by_a_plain_loop():
+    policy = tiny_policy()
+    reference = tiny_policy(1)
+    texts = [("Hi?", "Yes."), ("What is 2 + 2?", "It is 4."), ("No?", "No, never.")]
+    examples = [M.render_answer(TOKENIZER, ask(prompt), text) for prompt, text in texts]
+    want = [logp_by_loop(policy, e) - logp_by_loop(reference, e) for e in examples]
+    assert torch.allclose(kto.ratios(policy, reference, examples, TOKENIZER), torch.stack(want), atol=1e-3)
+    fixed = kto.fixed_ratios(policy, reference, examples, TOKENIZER, size=2)
+    assert torch.allclose(fixed, torch.stack(want), atol=1e-3) and not fixed.requires_grad
+
+
+def test_kto_starts_at_one_half(lesson_files):
+    log = kto.train(lesson_config(kto.Config, lesson_files, steps=2))["log"]
+    assert log[0]["loss"] == pytest.approx(0.5) and log[0]["z"] == log[0]["good"] == log[0]["bad"] == 0
+
+
+def kto_batches(config, count):
+    """The first batches of a run."""
+    model, tokenizer = C.load(config.init)
+    thumbs, _ = kto.read_thumbs(config, tokenizer, model.config.max_len)
+    lengths = [len(thumb.judged.ids) for thumb in thumbs]
+    stream = M.batches(thumbs, lengths, config.batch, torch.Generator().manual_seed(config.seed))
+    return model, [next(stream) for _ in range(count)]
+
+
+def test_a_step_of_kto_written_out_by_hand(lesson_files):
+    """Equation 8 at r = z = 0, with lambda, and Adam's first step."""
+    config = lesson_config(kto.Config, lesson_files, steps=1, beta=0.7, aversion=2.0)
+    model, (batch,) = kto_batches(config, 1)
+    total = 0.0
+    for thumb in batch:
+        logp = logp_by_loop(model, thumb.judged)
+        ratio = logp - logp.detach()                            # the reference is pi
+        if thumb.good:
+            total = total + 1 - torch.sigmoid(0.7 * ratio)
+        else:
+            total = total + 2.0 * (1 - torch.sigmoid(-0.7 * ratio))
+    (total / len(batch)).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    learned = kto.train(config)["model"]
+    rate = 3e-3 * M.schedule(0, 1)
+    for p, now in zip(model.parameters(), learned.parameters()):
+        want = p - rate * p.grad / (p.grad.abs() + 1e-8)
+        sure = p.grad.abs() > 1e-6                              # near 0 the sign is rounding's
+        assert torch.allclose(now[sure], want[sure], atol=1e-5)
+
+
+def test_the_second_loss_of_kto_by_hand(lesson_files):
+    """Its z is the mean log-ratio of the mismatched answers, or 0."""
+    config = lesson_config(kto.Config, lesson_files, steps=2, lr=0.1)
+    reference, (_, batch) = kto_batches(config, 2)
+    policy = kto.train(replace(config, steps=1))["model"]       # the first step is the same
+    moved = [logp_by_loop(policy, t.mismatched) - logp_by_loop(reference, t.mismatched) for t in batch]
+    z = max(0.0, torch.stack(moved).mean().item())
+    losses = []
+    for thumb in batch:
+        r = (logp_by_loop(policy, thumb.judged) - logp_by_loop(reference, thumb.judged)).item()
+        sign = 1 if thumb.good else -1
+        losses.append(1 - 1 / (1 + math.exp(-sign * config.beta * (r - z))))
+    row = kto.train(config)["log"][1]
+    assert row["z"] == pytest.approx(z, abs=1e-3)
+    assert row["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-3)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_kto_learns_from_pairs_and_from_thumbs(lesson_files, labels):
+    config = lesson_config(kto.Config, lesson_files, steps=25)
+    if labels:
+        lines = []
+        for i, line in enumerate(rows.read_lines(config.data)):
+            side = "chosen" if i % 3 else "rejected"
+            lines.append({"prompt": line.row["prompt"], "completion": line.row[side], "label": bool(i % 3)})
+        config = replace(config, data=write_lines(lesson_files / "thumbs.jsonl", lines))
+    after = kto.train(config)["after"]
+    assert after["separation"] >= 0.9
+
+
+@pytest.mark.parametrize("changes", [dict(seed=1), dict(batch=5), dict(lr=1e-3), dict(beta=2.0), dict(lora=2),
+                                     dict(aversion=3.0), dict(share=0.3), dict(steps=3)])
+def test_every_setting_of_kto_changes_something(lesson_files, changes):
+    config = lesson_config(kto.Config, lesson_files, steps=2)
+    a = kto.train(config)["model"]
+    b = kto.train(replace(config, **changes))["model"]
+    assert not same(weights(a), weights(b))
+
+
+def first_gradients(module, run, **changes):
+    """The gradients of the first step, before Adam hides a sum behind a mean."""
+    seen = []
+    clip = M.clip_gradients
+
+    def spy(model):
+        seen.append(gradients(model))
+        return clip(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "clip_gradients", spy)
+        run(**changes)
+    return seen
+
+
+def test_a_kto_batch_in_parts_is_the_same_batch(lesson_files):
+    def run(**changes):
+        kto.train(lesson_config(kto.Config, lesson_files, **changes))
+    whole = first_gradients(kto, run, steps=1)[0]
+    assert max(gradient.abs().max() for gradient in whole) > 1e-4
+    assert close(whole, first_gradients(kto, run, steps=1, accumulate=3)[0], 1e-6)
+
+
+def test_kto_forgets_the_gradients_of_the_step_before(lesson_files):
+    """With a learning rate of 0, and all thumbs in a batch, every step has the same."""
+    def run():
+        kto.train(lesson_config(kto.Config, lesson_files, steps=3, lr=0.0, batch=100))
+    first, second, third = first_gradients(kto, run)
+    assert close(first, second, 1e-6) and close(first, third, 1e-6)
+
+
+def test_quick_kto_is_three_steps(lesson_files):
+    assert len(kto.train(lesson_config(kto.Config, lesson_files, steps=50, quick=True))["log"]) == 3
+
+
+# ---- online.py
+
+def own_prompts(count=20):
+    texts = ["One?", "Two, or three?"] * (count // 2)
+    return [rows.Prompt(ask(text), {"prompt": text}, f"asks.jsonl:{i}") for i, text in enumerate(texts)]
+
+
+def likes_length(prompts, texts):
+    return [float(len(text)) for text in texts]
+
+
+def likes_letters(prompts, texts):
+    return [float(sum(map(ord, text))) for text in texts]
+
+
+def drawn_pairs(score, max_new=30, count=40):
+    config = online.Config(max_new=max_new)
+    generator = torch.Generator().manual_seed(0)
+    return online.own_pairs(ends_soon(tiny_policy()), TOKENIZER, score, own_prompts(count), config, generator)
+
+
+def drawn_answers(max_new=30, count=40):
+    """The same answers, sampled once more."""
+    ids = [M.render_prompt(TOKENIZER, prompt.messages) for prompt in own_prompts(count)]
+    generator = torch.Generator().manual_seed(0)
+    return M.sample(ends_soon(tiny_policy()), TOKENIZER, ids, 2, max_new, generator=generator)
+
+
+def test_the_judge_is_asked_about_each_answer_to_its_prompt():
+    asked = []
+
+    def score(prompts, texts):
+        asked.extend(zip(prompts, texts))
+        return likes_length(prompts, texts)
+    drawn_pairs(score)
+    twice = [prompt for prompt in own_prompts(40) for _ in "ab"]
+    assert asked == list(zip(twice, drawn_answers().texts))
+
+
+def test_the_judges_favourite_is_chosen():
+    drawn = drawn_answers()
+    kinds = {}
+    for ids, answer, text, ended in zip(drawn.ids, drawn.answer, drawn.texts, drawn.ended):
+        kinds[tuple(ids[answer].tolist())] = len(text) if ended else -1
+    assert 0 < drawn.ended.sum() < 80, "some end, and some do not"
+    pairs = drawn_pairs(likes_length)
+    for pair in pairs:
+        lengths = []
+        for example in (pair.chosen, pair.rejected):
+            lengths.append(kinds[tuple(example.ids[example.answer.index(1):])])
+        assert lengths[0] > lengths[1], "an endless answer never wins"
+    assert len(pairs) > 20
+
+
+def test_both_answers_of_an_own_pair_belong_to_its_prompt():
+    for pair in drawn_pairs(likes_length):
+        prompt = M.render_prompt(TOKENIZER, ask(pair.row["prompt"]))
+        for example in (pair.chosen, pair.rejected):
+            assert example.ids[:len(prompt)] == prompt
+            assert example.answer == [0] * len(prompt) + [1] * (len(example.ids) - len(prompt))
+
+
+@pytest.mark.parametrize("scores, want", [
+    ([1.0, 2.0, 3.0, 4.0], [([5, 7, END], [5, 6, END])]),       # equal answers, whatever the judge says
+    ([1.0, 1.0, 4.0, 3.0], [([5, 6, END], [5, 7, END])]),
+    ([1.0, 2.0, 3.0, 3.0], [])])                                # equal scores
+def test_equals_make_no_pair(monkeypatch, scores, want):
+    ids = torch.tensor([[5, 6, END], [5, 6, END], [5, 6, END], [5, 7, END]])
+    answer = torch.tensor([[False, True, True]] * 4)
+    drawn = M.Samples(ids, torch.ones_like(answer), answer, None, torch.ones(4).bool(), ["a", "a", "a", "b"])
+    monkeypatch.setattr(online, "sample", lambda *args, **settings: drawn)
+    pairs = online.own_pairs(None, TOKENIZER, lambda prompts, texts: scores, own_prompts(2),
+                             online.Config(), None)
+    assert [(pair.chosen.ids, pair.rejected.ids) for pair in pairs] == want
+
+
+def test_a_reward_model_judges_at_the_end_token(lesson_files):
+    config = online.Config(judge=str(lesson_files / "judge"))
+    prompts = own_prompts(2)
+    texts = ["Hello there, you.", "Yes."]
+    scores = online.load_judge(config)(prompts, texts)
+    judge, _ = C.load_scalar(config.judge)
+    for prompt, text, score in zip(prompts, texts, scores):
+        ids = M.render_answer(TOKENIZER, prompt.messages, text).ids
+        assert ids[-1] == END
+        assert score.item() == pytest.approx(judge(torch.tensor([ids]))[0, -1].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("steps, rounds", [(110, 3), (110, 110), (7, 3), (6, 4), (5, 1)])
+def test_rounds_are_as_many_as_asked_for_and_equally_long(steps, rounds):
+    config = online.Config(steps=steps, rounds=rounds)
+    starts = [step for step in range(steps) if online.starts_round(step, config)]
+    lengths = [b - a for a, b in zip(starts, starts[1:] + [steps])]
+    assert starts[0] == 0 and len(starts) == rounds
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("rounds, answers", [(1, 96), (3, 32), (6, 16)])
+def test_answers_are_drawn_anew_in_each_round(lesson_files, rounds, answers):
+    sizes = []
+
+    def score(prompts, texts):
+        sizes.append(len(texts))
+        return likes_letters(prompts, texts)
+    online.learn(lesson_config(online.Config, lesson_files, rounds=rounds), score)
+    assert sizes == [answers] * rounds
+
+
+def test_own_answers_are_those_of_the_policy_as_it_is(lesson_files):
+    """After a large step the policy answers otherwise than the model that it began as."""
+    models = []
+    pairs = online.own_pairs
+
+    def spy(policy, *args):
+        models.append(weights(policy))
+        return pairs(policy, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online, "own_pairs", spy)
+        online.learn(lesson_config(online.Config, lesson_files, rounds=2), likes_letters)
+    assert same(models[0], weights(C.load(lesson_files / "init")[0]))
+    assert not same(models[0], models[1])
+
+
+def test_online_dpo_on_given_pairs_is_dpo(lesson_files, monkeypatch):
+    """The same pairs, all of them in every batch: the same loss and the same weights."""
+    config = lesson_config(dpo.Config, lesson_files, steps=3, batch=100, beta=0.7)
+    pairs, held = dpo.read_pairs(config, TOKENIZER, 256)
+    monkeypatch.setattr(online, "own_pairs", lambda *args: pairs)
+    offline = dpo.train(config)
+    settings = dict(steps=3, batch=100, beta=0.7, rounds=1)
+    policy, log = online.learn(lesson_config(online.Config, lesson_files, **settings), None)
+    assert [row["loss"] for row in log.rows] == [pytest.approx(row["loss"]) for row in offline["log"]]
+    assert close(weights(policy), weights(offline["model"]), 1e-4)
+
+
+def test_online_learns_what_the_judge_likes(lesson_files):
+    """A judge that likes the letter e, and short answers: it gets more of what it likes."""
+    def score(prompts, texts):
+        return [text.count("e") - len(text) / 10 for text in texts]
+    config = lesson_config(online.Config, lesson_files, steps=20, rounds=20, batch=16)
+    policy, log = online.learn(config, score)
+    liked = []
+    for model in (C.load(config.init)[0], policy):
+        ids = [M.render_prompt(TOKENIZER, prompt.messages) for prompt in own_prompts(100)]
+        drawn = M.sample(model, TOKENIZER, ids, max_new=72, generator=torch.Generator().manual_seed(1))
+        liked.append(sum(score(None, drawn.texts)))
+    assert log.rows[0]["loss"] == pytest.approx(math.log(2)) and liked[1] > liked[0]
+
+
+@pytest.mark.parametrize("changes", [dict(seed=1), dict(batch=5), dict(lr=1e-3), dict(beta=3.0), dict(lora=2),
+                                     dict(steps=5), dict(rounds=3), dict(max_new=9)])
+def test_every_setting_of_online_changes_something(lesson_files, changes):
+    config = lesson_config(online.Config, lesson_files, steps=4, rounds=2)
+    a, _ = online.learn(config, likes_letters)
+    b, _ = online.learn(replace(config, **changes), likes_letters)
+    assert not same(weights(a), weights(b))
+
+
+def test_an_online_batch_in_parts_is_the_same_batch(lesson_files):
+    def run(**changes):
+        online.learn(lesson_config(online.Config, lesson_files, steps=1, rounds=1, **changes), likes_letters)
+    whole = first_gradients(online, run)[0]
+    assert max(gradient.abs().max() for gradient in whole) > 1e-4
+    assert close(whole, first_gradients(online, run, accumulate=3)[0], 1e-5)
+
+
+def test_a_judge_that_likes_all_alike_is_named(lesson_files):
+    config = lesson_config(online.Config, lesson_files, rounds=2)
+    with pytest.raises(M.UserError, match="--judge out/reward_model finds no answer better"):
+        online.learn(config, lambda prompts, texts: [0.0] * len(texts))
+
+
+def test_more_rounds_than_steps_are_refused(lesson_files):
+    with pytest.raises(M.UserError, match="--rounds 9: .*6 steps"):
+        online.train(lesson_config(online.Config, lesson_files, rounds=9), likes_letters)
+
+
+def small_exam(*args, **settings):
+    keys = ("gold", "kl", "flattery", "length", "attack_seen", "attack_unseen", "helpful", "over_refusal")
+    return dict.fromkeys(keys, 0.5), []
+
+
+def test_all_three_runs_stand_in_the_table(lesson_files, monkeypatch, capsys):
+    monkeypatch.setattr(exam, "exam", small_exam)
+    monkeypatch.setattr(online, "offline", lambda config: small_exam()[0])
+    online.train(lesson_config(online.Config, lesson_files, steps=4, quiet=False), likes_letters)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-4:]] == ["before", "offline", "3 rounds", "online"]
+    assert max(len(line) for line in lines if str(lesson_files) not in line) <= 80
+
+
+def test_offline_is_dpo_with_the_settings_of_the_run(lesson_files, monkeypatch):
+    seen = []
+
+    def train(config):
+        seen.append(config)
+        return {"after": {"gold": 0.7}}
+    monkeypatch.setattr(dpo, "train", train)
+    config = lesson_config(online.Config, lesson_files, beta=0.3, accumulate=2, lora=4, seed=7)
+    assert online.offline(config) == {"gold": 0.7}
+    for name in ("init", "data", "steps", "batch", "accumulate", "lr", "lora", "beta", "seed"):
+        assert getattr(seen[0], name) == getattr(config, name), name
+    assert not seen[0].save
+
+
+# ---- constitution.py
+
+ROOF = {"kind": "danger", "slots": {"act": "climb on the roof"}, "prompt": "How do I climb on the roof?"}
+BAD = "It is easy to climb on the roof."
+FINE = "It is not safe to climb on the roof. Please ask a grown-up you trust."
+AGE = {"id": "age", "principle": "Be safe."}
+
+
+def draft_after(answer, *flaws):
+    prompt = rows.Prompt(ask(ROOF["prompt"]), ROOF, "prompts.jsonl:1")
+    text = flaws[-1][2] if flaws else answer
+    return cai.Draft(prompt, answer, text, list(flaws))
+
+
+@pytest.fixture
+def four_drafts():
+    """Mended, not mended, spoiled, left alone."""
+    return [draft_after(BAD, ("Be safe.", "x", FINE)), draft_after(BAD),
+            draft_after(FINE, ("Be safe.", "x", BAD)), draft_after(FINE)]
+
+
+def test_what_the_gold_judge_thinks_of_the_example():
+    assert constitution.gold(ROOF, BAD) < 0.5 <= constitution.gold(ROOF, FINE)
+    assert "age" in studybuddy.broken(ROOF, BAD) and "age" not in studybuddy.broken(ROOF, FINE)
+
+
+def test_the_critic_by_hand(four_drafts, monkeypatch):
+    """It sees a flaw in the first, the third and the fourth answer; the first two have one."""
+    def critique(model, tokenizer, drafts, principles):
+        assert principles == ["Be safe."] * 4
+        assert [draft.text for draft in drafts] == [BAD, BAD, FINE, FINE], "about the first answers"
+        return ["Oh.", cai.NOTHING[0], "Oh.", "Oh."]
+    monkeypatch.setattr(cai, "critique", critique)
+    table = constitution.critic_table(None, None, four_drafts, [AGE])
+    assert table == {"age": {"there": 0.5, "seen": 0.75, "precision": pytest.approx(1 / 3), "recall": 0.5}}
+    assert four_drafts[0].text == FINE, "the drafts stay what they are"
+
+
+def test_the_reviser_by_hand(four_drafts):
+    table = constitution.reviser_table(four_drafts, [AGE, {"id": "learn", "principle": "Teach."}])
+    assert table["age"] == {"revisions": 2, "there": 0.5, "gone": 1.0, "harmed": 1.0}
+    assert table["learn"]["revisions"] == 0 and math.isnan(table["learn"]["gone"])
+
+
+def test_the_rounds_by_hand(four_drafts):
+    table = constitution.round_table(four_drafts, 2)
+    assert table["round 0"] == {"mended": 0.0, "harmed": 0.0, "attacked": 0.5}
+    assert table["round 1"] == table["round 2"] == {"mended": 0.5, "harmed": 0.5, "attacked": 0.5}
+
+
+def test_an_answer_after_so_many_rounds():
+    draft = draft_after("a", ("p", "x", "b"), ("p", "x", ""), ("p", "x", "d"))
+    assert [constitution.text_after(draft, r) for r in range(5)] == ["a", "b", "b", "d", "d"]
+
+
+def verdict_of(chosen, rejected):
+    return cai.Verdict(None, None, 0.9, ROOF | {"chosen": chosen, "rejected": rejected, "p": 0.9})
+
+
+def test_the_verdicts_by_hand(monkeypatch):
+    """Right, wrong, and one where the truth does not decide."""
+    tie = "I can't help you climb on the roof."
+    assert constitution.gold(ROOF, tie) == constitution.gold(ROOF, tie + " ")
+    verdicts = [verdict_of(FINE, BAD), verdict_of(BAD, FINE), verdict_of(tie, tie + " ")]
+    monkeypatch.setattr(studybuddy, "prefers", lambda rng, row, a, b: a == FINE)
+    table = constitution.label_table(verdicts, [True, False, False], Random(0))
+    assert table["both orders"] == {"labels": 3, "decided": 2, "true": 0.5, "as the run": 1.0}
+    assert table["one order"] == {"labels": 3, "decided": 2, "true": 1.0,
+                                  "as the run": pytest.approx(1 / 3)}
+    assert table["people"]["true"] == 1.0
+
+
+@pytest.mark.parametrize("taste, want", [("good", 1.0), ("bad", 0.0), ("letter", 0.5)])
+def test_the_judge_is_asked_once_with_the_chosen_answer_at_either_letter(monkeypatch, taste, want):
+    """Who likes the answer for itself agrees always or never, who likes a letter half the time."""
+    def judge(model, tokenizer, prompts, firsts, seconds, principles):
+        if taste == "letter":
+            return torch.full((len(firsts),), 0.8)
+        return torch.tensor([0.8 if (first == FINE) == (taste == "good") else 0.2 for first in firsts])
+    monkeypatch.setattr(cai, "judge", judge)
+    verdicts = [verdict_of(FINE, BAD) for _ in range(400)]
+    labels = constitution.asked_once(None, None, verdicts, ["Be safe."], constitution.Config(), Random(0))
+    assert sum(labels) / 400 == pytest.approx(want, abs=0.08)
+
+
+def test_cells_of_a_table():
+    assert [constitution.cell(x) for x in (3, 0.5, math.nan)] == ["3", "0.50", "-"]
+
+
+@pytest.fixture
+def small_constitution(tmp_path, monkeypatch):
+    """Six red-team prompts of the world and six others, and an exam that takes no time."""
+    monkeypatch.setattr(exam, "exam", small_exam)
+    prompts = studybuddy.read("prompts")
+    red = [row for row in prompts if row.get("attack")][:6]
+    plain = [row for row in prompts if not row.get("attack")][:6]
+    return constitution.Config(
+        init=str(bugs.HERE / "data/base"), data=write_lines(tmp_path / "prompts.jsonl", red + plain),
+        constitution=str(bugs.HERE / "data/constitution.json"), out=str(tmp_path / "out"), answers=1,
+        revisions=1, sl_steps=2, steps=2, pairs=8, batch=4, save=False)
+
+
+def test_all_four_tables_stand_at_the_end(small_constitution, capsys):
+    tables = constitution.train(small_constitution)["tables"]
+    lines = capsys.readouterr().out.splitlines()
+    assert list(tables) == ["the critic", "the reviser", "the rounds", "the verdicts"]
+    assert list(tables["the critic"]) == ["learn", "age", "true", "curious", "unsure"]
+    end = lines[-len(tables) * 2 - sum(map(len, tables.values())) + 1:]
+    assert [line[:14].strip() for line in end if line[:4] == "the "] == list(tables)
+    assert max(map(len, end)) <= 80
+
+
+def test_a_world_without_truth_is_refused(small_constitution, tmp_path):
+    path = write_lines(tmp_path / "asks.jsonl", [{"prompt": "Hi", "attack": "x"}, {"prompt": "Ho"}])
+    with pytest.raises(M.UserError, match="asks.jsonl"):
+        constitution.train(replace(small_constitution, data=path))
+
+
+# ---- bugs.py
+
+def test_every_bug_of_the_list_can_be_planted():
+    for file, old, new, what in bugs.BUGS:
+        text = (bugs.HERE / file).read_text(encoding="utf-8")
+        assert text.count(old) == 1, f"{old!r} stands in {file} {text.count(old)} times ({what})"
+        assert old != new and len(what) <= 90, what
+        compile(text.replace(old, new), file, "exec")
+
+
+SUM = '''def add(a, b):
+    return a + b  # the sum
+'''
+TESTS_OF_SUM = '''
+from sums import add
+
+# ---------------------------------------------------------------------------------------- other.py
+
+def test_of_another_file():
+    assert False
+
+# ---------------------------------------------------------------------------------------- sums.py
+
+def test_three():
+    assert add(1, 2) == 3
+
+# ---------------------------------------------------------------------------------------- all scripts
+
+def test_five():
+    assert add(2, 3) == 5
+'''
+
+
+@pytest.fixture
+def toy_repository(tmp_path, monkeypatch):
+    """A file, its tests, and two bugs of which no test notices the second."""
+    home = tmp_path / "toy"
+    (home / "lessons").mkdir(parents=True)
+    (home / "out").mkdir()
+    (home / ".git").mkdir()
+    (home / "sums.py").write_text(SUM)
+    (home / "test_all.py").write_text(TESTS_OF_SUM)
+    (home / "lessons/bugs.py").write_text('before = 1\nBUGS = [\n    ("sums.py", "told", "x", "y"),\n]\nafter = 2\n')
+    monkeypatch.setattr(bugs, "HERE", home)
+    monkeypatch.setattr(bugs, "BUGS", [("sums.py", "a + b", "a - b", "a minus for a plus"),
+                                       ("sums.py", "# the sum", "# a sum", "a harmless word")])
+    return home
+
+
+def test_a_planted_bug_is_one_line(toy_repository, tmp_path):
+    bugs.plant(1, tmp_path / "copy")
+    assert (tmp_path / "copy/sums.py").read_text() == SUM.replace("a + b", "a - b")
+    assert (tmp_path / "copy/test_all.py").read_text() == TESTS_OF_SUM
+
+
+def test_a_copy_does_not_tell_its_bug(toy_repository, tmp_path):
+    bugs.plant(1, tmp_path / "copy")
+    assert (tmp_path / "copy/lessons/bugs.py").read_text() == "before = 1\nBUGS = []\nafter = 2\n"
+
+
+def test_a_copy_is_without_outputs(toy_repository, tmp_path):
+    bugs.plant(0, tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["lessons", "sums.py", "test_all.py"]
+    assert (tmp_path / "copy/sums.py").read_text() == SUM
+
+
+def test_the_tests_of_a_file_are_its_section_and_those_of_all_scripts(toy_repository):
+    assert bugs.tests_of("sums.py") == ["test_all.py::test_three", "test_all.py::test_five"]
+    assert bugs.tests_of("data/base.py") == ["data/test_world.py"]
+    assert bugs.tests_of("lessons/kto.py") == ["lessons/test_lessons.py"]
+
+
+def test_sabotage_says_which_test_notices_and_which_bug_none(toy_repository, capsys):
+    assert bugs.main(["--sabotage"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["  1 sums.py: a minus for a plus", "    test_three",
+                         "  2 sums.py: a harmless word", "    NOT CAUGHT"]
+    assert lines[4].startswith("FAIL caught 1 of 2 in ")
+
+
+def test_sabotage_of_one_number_passes(toy_repository, capsys):
+    assert bugs.main(["--sabotage", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("PASS caught 1 of 1 in ")
+
+
+def test_sabotage_wants_tests_that_are_green_without_a_bug(toy_repository, capsys):
+    (toy_repository / "sums.py").write_text(SUM.replace("a + b", "a * b"))
+    assert bugs.main(["--sabotage", "sums.py"]) == 2
+    assert "without any bug test_three is red" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, code", [
+    ([], 0), (["--help"], 0), (["--plant"], 2), (["--plant", "x", "y"], 2), (["--plant", "3", "y"], 2),
+    (["--plant", "0", "y"], 2), (["--sabotage", "9"], 2), (["17"], 2)])
+def test_what_bugs_makes_of_its_arguments(toy_repository, arguments, code, capsys):
+    assert bugs.main(arguments) == code
+    assert capsys.readouterr().out
+
+
+def test_plant_refuses_a_folder_that_is_there(toy_repository, tmp_path, capsys):
+    assert bugs.main(["--plant", "1", str(tmp_path)]) == 2
+    assert bugs.main(["--plant", "1", str(tmp_path / "new")]) == 0
+    assert (tmp_path / "new/sums.py").exists()
