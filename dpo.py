@@ -1,24 +1,29 @@
 """Direct preference optimisation (DPO): alignment from pairs of answers, without a reward model.
 
-Of two answers to a prompt x, y_w won and y_l lost. RLHF fits a reward to many such verdicts, then
-maximises it on a leash to a frozen reference model pi_ref. The best policy on that leash has a
-closed form, so a policy tells its reward: r(x, y) = beta log pi(y|x)/pi_ref(y|x), up to a term in
-x alone. Put that into the likelihood of the verdicts, and two stages become one loss (Rafailov et
-al. 2023, 2305.18290, equation 7):
+Of two answers to a prompt x, y_w won and y_l lost. RLHF fits a reward model r to such verdicts,
+P(y_w beats y_l) = sigma(r_w - r_l), then maximises r minus beta KL(pi || pi_ref), which keeps the
+policy pi near a frozen reference. The best policy for that has a closed form, and can be solved for
+the reward: r(x, y) = beta log pi(y|x)/pi_ref(y|x) + a term in x alone. In the difference r_w - r_l
+that term cancels. What remains is one loss instead of two stages (Rafailov et al. 2023, 2305.18290,
+equation 7):
 
     L = - log sigma( beta [ log pi(y_w|x)/pi_ref(y_w|x)  -  log pi(y_l|x)/pi_ref(y_l|x) ] )
 
 By hand: pi gives y_w 0.03 where pi_ref gives 0.02, and y_l 0.15 where pi_ref gives 0.12. The
 log-ratios are log 1.5 = 0.405 and log 1.25 = 0.223; at beta 0.1 the loss is - log sigma(0.0182) =
-0.684. That is a little below ln 2 = 0.693, where every run starts, since pi is pi_ref.
+0.684. That is a little below ln 2 = 0.693, where DPO starts: there pi is pi_ref, and both are 0.
 
     python dpo.py                    out/sft -> out/dpo on data/preferences.jsonl
     python dpo.py --loss ipo         another loss; LOSSES is a map of the family
     python dpo.py --data mine.jsonl --init SmolLM2-135M --lr 5e-6 --out out/mine
 
-Simplified: one short run, and the reference never moves. What needs another loop has another file:
-single judgements (python -m lessons.kto), the model's own answers (python -m lessons.online).
-Try next: --beta 0.05 and --beta 5, and compare kl; --flip; your own loss as one more line of LOSSES.
+A line of mine.jsonl is {"prompt": "...", "chosen": "...", "rejected": "..."}, and SmolLM2-135M is a
+folder with a model. On our toy data the true quality of an answer is known, `gold`, and an exam of
+held-out prompts measures it before and after. On yours, held-out pairs tell who is ahead how often.
+
+What needs another loop has another file: single judgements (python -m lessons.kto), the model's own
+answers (python -m lessons.online).
+Try next: --beta 0.05 and --beta 5, and compare kl on the card; --flip, and gold falls.
 """
 import copy
 from dataclasses import dataclass, replace
@@ -42,10 +47,10 @@ class Config(Settings):
     batch: int = 32           # pairs a step
     lr: float = None          # peak learning rate (default: the loss's own, see LOSSES)
     loss: str = "dpo"         # one of the table LOSSES: dpo, ipo, simpo, ...
-    beta: float = None        # how short the leash to the reference is (default: see LOSSES)
+    beta: float = None        # the larger, the closer it stays to the reference (see LOSSES)
     noise: float = 0.1        # cdpo, robust: the share e of labels thought to be wrong
-    gamma: float = 0.5        # simpo: the margin that the winner should have
-    odds: float = 60.0        # orpo: weight lambda of the odds ratio
+    gamma: float = 0.5        # simpo: the lead that the winner should have
+    odds: float = 60.0        # orpo: weight lambda of the odds ratio (large, for this toy)
     flip: bool = False        # learn to prefer the rejected answers
     drop: bool = False        # leave out pairs that are longer than the model's context
 
@@ -60,7 +65,7 @@ class Config(Settings):
 # L = - log sigma(beta (chosen - rejected))
 # Rafailov et al. 2023 (2305.18290), eq. 7
 def dpo(chosen, rejected, beta):
-    """The smaller beta, the longer the leash: it takes a larger difference to satisfy the loss."""
+    """A small beta takes a large difference to satisfy: the policy moves further."""
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
@@ -74,23 +79,23 @@ def cdpo(chosen, rejected, beta, noise):
 # L = [(1 - e) dpo(chosen, rejected) - e dpo(rejected, chosen)] / (1 - 2 e)
 # Chowdhury et al. 2024 (2403.00409)
 def robust(chosen, rejected, beta, noise):
-    """Unbiased: if labels are wrong with probability e, its mean is the loss on the true ones."""
+    """Unbiased: if labels are wrong with probability e, it is dpo on the true ones on average."""
     right = dpo(chosen, rejected, beta)
     wrong = dpo(rejected, chosen, beta)
     return ((1 - noise) * right - noise * wrong) / (1 - 2 * noise)
 
 
 # L = (chosen - rejected - 1 / (2 beta))^2
-# Azar et al. 2023 (2310.12036), eq. 17; sums over tokens, as there
+# Azar et al. 2023 (2310.12036), eq. 17; sums over tokens, as in the paper
 def ipo(chosen, rejected, beta):
-    """A margin to reach and not to exceed, where DPO has no end."""
+    """A lead to reach and not to exceed, where DPO has no end."""
     return (chosen - rejected - 1 / (2 * beta)) ** 2
 
 
 # L = max(0, 1 - beta (chosen - rejected))
 # SLiC: Zhao et al. 2023 (2305.10425); with a reference: Liu et al. 2023 (2309.06657)
 def slic(chosen, rejected, beta):
-    """A hinge: a pair whose margin is large enough teaches nothing more."""
+    """A hinge: a pair whose lead is large enough teaches nothing more."""
     return F.relu(1 - beta * (chosen - rejected))
 
 
@@ -102,7 +107,7 @@ def apo_zero(chosen, rejected, beta):
 
 
 # L = sigma(beta chosen) + 1 - sigma(beta (chosen - rejected))
-# the same, eq. 8
+# the same paper, eq. 8
 def apo_down(chosen, rejected, beta):
     """Both down, losers further: for a model that is better than the winners."""
     return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
@@ -111,14 +116,14 @@ def apo_down(chosen, rejected, beta):
 # L = (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2
 # SPPO: Wu et al. 2024 (2405.00675), eq. 4.7, with eta = 1 / beta, P = 1 for winners, 0 for losers
 def sppo(chosen, rejected, beta):
-    """Each answer has a place to reach, as far up or down as the other."""
+    """Chosen answers go to +1/(2 beta), rejected ones to -1/(2 beta)."""
     return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
 
 
 # L = - log sigma(beta (chosen - rejected) - gamma)
 # Meng et al. 2024 (2405.14734), eq. 6; no reference
 def simpo(chosen, rejected, beta, gamma):
-    """The reward is the mean log-prob of a token, which sampling follows: length earns nothing."""
+    """The reward is the mean log-prob of a token: length earns nothing."""
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
@@ -130,29 +135,31 @@ def orpo(chosen, rejected, odds):
 
 
 def log_odds(logp):
-    """A certain answer has infinite odds. They end 1e-6 nats below that, at a million to one."""
+    """A certain answer has infinite odds; log p is capped at -1e-6, odds of a million to one."""
     logp = logp.clamp(max=-1e-6)
     return logp - torch.log(-torch.expm1(logp))
 
 
-# L = 1 - sigma(beta (r - z)) for a good answer, else lambda [1 - sigma(beta (z - r))]
+# L = 1 - sigma(beta (r - z)) for a good answer, else lambda sigma(beta (r - z))
 # z = max(0, mean_i log pi(y_j|x_i)/pi_ref(y_j|x_i)), j != i
 # Ethayarajh et al. 2024 (2402.01306), eq. 8
 def kto(ratio, mismatched, good, beta, aversion):
-    """For single answers, good or bad, with log-ratios r (B,). z is the point that they are held
-    against, the KL of pi and pi_ref, measured on answers to other prompts. It is not trained, or a
-    batch could win by moving it. This loss has a loop of its own: lessons/kto.py."""
+    """For single answers, good or bad, of log-ratios r (B,). z is what they are compared with, the
+    KL of pi and pi_ref, measured on answers to other prompts. It is not trained, or a batch could
+    win by moving it. This loss has a loop of its own: lessons/kto.py."""
     z = mismatched.mean().clamp(min=0).detach()
-    up = 1 - torch.sigmoid(beta * (ratio - z))
-    down = aversion * torch.sigmoid(beta * (ratio - z))
-    return torch.where(good, up, down)
+    sigma = torch.sigmoid(beta * (ratio - z))                   # (B,)
+    return torch.where(good, 1 - sigma, aversion * sigma)
 
+
+# To add a loss: a function above and a line here. A new number is a field of Config, too, and
+# `uses`, the field and the function's argument share its name.
 
 class Method(NamedTuple):
-    loss: Callable
+    function: Callable
     uses: tuple              # the numbers of Config that it takes
-    reference: bool          # on log-ratios to a reference, or on mean log-probs without one
-    beta: float              # what works in this world
+    reference: bool          # does it see log-ratios, or mean log-probs without a reference?
+    beta: float              # defaults that work on the toy data
     lr: float
 
 
@@ -174,7 +181,7 @@ def loss_of(chosen, rejected, config):
     """The loss of this run, with the numbers that it takes."""
     method = LOSSES[config.loss]
     numbers = {name: getattr(config, name) for name in method.uses}
-    return method.loss(chosen, rejected, **numbers)
+    return method.function(chosen, rejected, **numbers)
 
 
 # ---------------------------------------------------------------- data
@@ -186,8 +193,8 @@ class Pair(NamedTuple):
 
 
 def read_pairs(config, tokenizer, context):
-    """SEAM: your own format goes here. All that is needed of a line of JSON is a prompt and two
-    answers; rows.read_pairs knows the formats that the field uses."""
+    """SEAM: your own format goes here. rows.read_pairs reads the usual ones, texts or messages; all
+    that is needed of a line is a prompt and two texts. -> pairs to learn from, pairs held out"""
     pairs, long = [], []
     for line in rows.read_pairs(config.data):
         chosen = render_answer(tokenizer, line.prompt, line.chosen)
@@ -207,43 +214,62 @@ def read_pairs(config, tokenizer, context):
 
 
 def answer_logps(model, pairs, tokenizer, mean=False):
-    """log pi(y|x) of the chosen and of the rejected answers, summed over the tokens of y, or
-    their mean. Both go through the network in one pass, as they share their prompt. -> (B,),
-    (B,)"""
+    """log pi(y|x) of the chosen and of the rejected answers: the sum over the tokens of y, its end
+    token included, or their mean. One pass for both, so that their prompt is computed once.
+    -> two of (B,)"""
     examples = []
     for pair in pairs:
         examples.append(pair.chosen)
         examples.append(pair.rejected)
     ids, mask, answer = collate(examples, tokenizer, model.embed.weight.device)  # (2B, T) each
-    logps = token_logps(model, ids, mask, answer).sum(1)        # (2B,)
+    # log-softmax and gather: the logits at t - 1 score the token at t (see model.token_logps)
+    logps = token_logps(model, ids, mask, answer).sum(1)        # (2B, T) -> (2B,)
     if mean:
         logps = logps / answer.sum(1)
     return logps[0::2], logps[1::2]
 
 
+def log_ratios(policy, reference, pairs, tokenizer):
+    """log pi(y|x) / pi_ref(y|x) of the chosen and of the rejected answers. -> two of (B,)"""
+    chosen, rejected = answer_logps(policy, pairs, tokenizer)
+    with torch.no_grad():
+        ref_chosen, ref_rejected = answer_logps(reference, pairs, tokenizer)
+    return chosen - ref_chosen, rejected - ref_rejected
+
+
+def score_pairs(policy, reference, pairs, tokenizer, config):
+    """Log-ratios, or mean log-probs where the loss has no reference. -> two of (B,)"""
+    if LOSSES[config.loss].reference:
+        return log_ratios(policy, reference, pairs, tokenizer)
+    return answer_logps(policy, pairs, tokenizer, mean=True)
+
+
 # ---------------------------------------------------------------- before and after
+
+def share_ahead(chosen, rejected):
+    """How often is the winner ahead? A tie is half."""
+    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+
 
 @torch.no_grad()
 def evaluate(policy, reference, pairs, tokenizer, config, against=None):
-    """-> report card, answers. Held-out pairs say how often the winner's log-ratio is larger;
-    where the world is ours, its exam says whether the answers are better."""
-    leads = []
-    for first in range(0, len(pairs), 32):
-        part = pairs[first:first + 32]
-        chosen, rejected = answer_logps(policy, part, tokenizer)
-        ref_chosen, ref_rejected = answer_logps(reference, part, tokenizer)
-        leads.append((chosen - ref_chosen) - (rejected - ref_rejected))  # (B,)
-    leads = torch.cat(leads)
-    card = {"accuracy": (leads.sign() + 1).mean().item() / 2}   # a tie is half right
+    """-> report card, answers. On held-out pairs: how often is the winner's log-ratio ahead? On our
+    toy data also the exam. against: the answers before training, to count who wins."""
+    chosen, rejected = [], []
+    for part in parts(pairs, n=4):
+        ratios = log_ratios(policy, reference, part, tokenizer)  # two of (B,)
+        chosen.append(ratios[0])
+        rejected.append(ratios[1])
+    card = {"accuracy": share_ahead(torch.cat(chosen), torch.cat(rejected))}
     answers = None
     if exam.knows([pair.row for pair in pairs]):
-        world, answers = exam.exam(policy, tokenizer, reference, against, config.seed)
-        card = world | card
+        marks, answers = exam.exam(policy, tokenizer, reference, against, config.seed)
+        card = marks | card
     return card, answers
 
 
 def show_pair(pair, tokenizer, config):
-    config.say("one pair; the loss looks at what stands between « and »")
+    config.say("one pair, chosen and rejected; the loss looks at what stands between « and »")
     for example in (pair.chosen, pair.rejected):
         start = example.answer.index(1)
         prompt = tokenizer.decode(example.ids[:start])
@@ -254,16 +280,13 @@ def show_pair(pair, tokenizer, config):
 @torch.no_grad()
 def show_loss(policy, reference, pair, tokenizer, config):
     """The equation with the numbers of one pair."""
-    mean = not LOSSES[config.loss].reference
-    chosen, rejected = answer_logps(policy, [pair], tokenizer, mean)  # (1,), (1,)
-    ref_chosen, ref_rejected = answer_logps(reference, [pair], tokenizer, mean)
+    logps = answer_logps(policy, [pair], tokenizer)             # chosen and rejected, (1,) each
+    ref_logps = answer_logps(reference, [pair], tokenizer)
     config.say("             log pi   log pi_ref   log-ratio")
-    for name, logp, ref in ("chosen", chosen, ref_chosen), ("rejected", rejected, ref_rejected):
-        ratio = logp - ref
-        config.say(f"{name:>8}  {logp.item():9.2f}   {ref.item():10.2f}   {ratio.item():9.2f}")
-    if not mean:
-        chosen = chosen - ref_chosen
-        rejected = rejected - ref_rejected
+    for name, logp, ref_logp in zip(("chosen", "rejected"), logps, ref_logps):
+        ratio = logp - ref_logp
+        config.say(f"{name:>8}  {logp.item():9.2f}   {ref_logp.item():10.2f}   {ratio.item():9.2f}")
+    chosen, rejected = score_pairs(policy, reference, [pair], tokenizer, config)
     config.say(f"    loss  {loss_of(chosen, rejected, config).item():9.4f}")
 
 
@@ -280,7 +303,7 @@ def train(config):
         config = replace(config, lr=method.lr)
 
     # One model learns. A frozen copy remembers where it began.
-    need(config.init, "python sft.py", 25)
+    need(config.init, "python sft.py", seconds=25)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     add_lora(policy, config.lora)
@@ -303,26 +326,20 @@ def train(config):
         batch = next(stream)
         seen = []
         for part in parts(batch, config.accumulate):
-            # 2 score both answers under both models
-            chosen, rejected = answer_logps(policy, part, tokenizer, mean=not method.reference)
-            if method.reference:
-                with torch.no_grad():
-                    ref_chosen, ref_rejected = answer_logps(reference, part, tokenizer)
-                chosen = chosen - ref_chosen                    # (B,) log pi(y_w|x) / pi_ref(y_w|x)
-                rejected = rejected - ref_rejected              # (B,) log pi(y_l|x) / pi_ref(y_l|x)
-            # 3 loss: how much likelier has each answer become?
-            loss = loss_of(chosen, rejected, config)            # (B,)
-            (loss.sum() / len(batch)).backward()
-            seen.append(torch.stack([loss, chosen, rejected]).detach())  # (3, B)
+            # 2 score: how much likelier has each answer become than it was under the reference?
+            chosen, rejected = score_pairs(policy, reference, part, tokenizer, config)
+            # 3 loss: has the winner gained more than the loser?
+            losses = loss_of(chosen, rejected, config)          # (B,)
+            (losses.sum() / len(batch)).backward()
+            seen.append(torch.stack([losses, chosen, rejected]).detach())  # (3, B)
         # 4 step
         clip_gradients(policy)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log: the first loss is ln 2 = 0.6931. chosen often falls, and rejected falls further
-        loss, chosen, rejected = torch.cat(seen, dim=1)         # (B,) each
-        lead = chosen - rejected
-        log(step, loss=loss.mean(), accuracy=(lead.sign().mean() + 1) / 2, margin=lead.mean(),
-            chosen=chosen.mean(), rejected=rejected.mean())
+        # 5 log, in nats. DPO's first loss is ln 2 = 0.6931; chosen often falls, rejected further
+        losses, chosen, rejected = torch.cat(seen, dim=1)       # of the whole batch
+        log(step, loss=losses.mean(), accuracy=share_ahead(chosen, rejected),
+            lead=(chosen - rejected).mean(), chosen=chosen.mean(), rejected=rejected.mean())
     merge_lora(policy)
     if config.save:
         save(config.out, policy, tokenizer)

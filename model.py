@@ -86,9 +86,10 @@ def rotate(x, cos, sin):
 
 
 def attention_mask(mask, T):
-    """Which of S tokens may each of the newest T look at? At itself and at the real ones before it.
-    mask (B, S), True at real tokens -> (B, 1, T, S), or None where no mask is needed: with nothing
-    padded on the left, and all tokens new (plain causal attention) or just one (it sees them all)."""
+    """Which of S tokens may each of the newest T look at? At itself and at the real ones before
+    it. mask (B, S), True at real tokens -> (B, 1, T, S), or None where no mask is needed: with
+    nothing padded on the left, and all tokens new (plain causal attention) or just one (it sees
+    them all)."""
     S = mask.shape[1]
     if mask[:, 0].all() and T in (1, S):
         return None     # padding on the right comes later than any real token
@@ -290,7 +291,8 @@ def special(tokenizer, token):
 
 def render(tokenizer, messages):
     """A conversation -> Example. Marked are the assistant's words and the <|im_end|> that closes
-    them. A message is ordinary text: who types <|im_end|> gets plain characters, never the token."""
+    them. A message is ordinary text: who types <|im_end|> gets plain characters, never the
+    token."""
     encode = tokenizer.encode_ordinary
     ids, marks = [], []
     for message in messages:
@@ -374,12 +376,12 @@ def states_before(model, ids, mask, answer):
     P = int(answer.any(0).int().argmax())       # the first column in which any answer has a token
     prompts = ids.where(mask, -1)[:, :P]                        # (B, P), -1 at padding
     if P == 0 or 2 * len(prompts.unique(dim=0)) > len(ids):
-        hidden = model.hidden(ids, mask)        # two rows a prompt at least, or sharing does not pay
+        hidden = model.hidden(ids, mask)        # sharing pays from two rows a prompt on
         return hidden[:, :-1][answer[:, 1:]]
-    prompts, owner = prompts.unique(dim=0, return_inverse=True)  # (U, P), and (B,) each row's prompt
+    prompts, owner = prompts.unique(dim=0, return_inverse=True)     # (U, P), (B,) whose is which
     cache = Cache(ids.shape[1])
     shared = model.hidden(prompts.clamp(min=0), prompts >= 0, cache)  # (U, P, C)
-    cache.select(owner)         # a copy for each row, through which gradients flow back to the prompt
+    cache.select(owner)         # a copy for each row; gradients flow back through it
     own = model.hidden(ids[:, P:], mask, cache)                 # (B, T-P, C)
     last = shared[owner, -1:]                                   # (B, 1, C)
     hidden = torch.cat([last, own[:, :-1]], dim=1)              # (B, T-P, C), t - 1 for t
@@ -670,8 +672,8 @@ def need(folder, command, seconds):
 
 def batches(rows, lengths, size, generator):
     """Endless batches of `size` rows. Rows of similar length go together, so that little is
-    padding, and noise mixes them a little; without lengths all are mixed. What fills no batch is left
-    out of this round."""
+    padding, and noise mixes them a little; without lengths all are mixed. What fills no batch is
+    left out of this round."""
     size = min(size * PROCESSES, len(rows) // PROCESSES * PROCESSES)  # of all processes together
     if size == 0:
         raise UserError(f"{len(rows)} rows are too few for {PROCESSES} processes")
@@ -714,8 +716,9 @@ def schedule(step, steps, warmup=10):
 
 
 def steps(config, *optimizers):
-    """for step in steps(config, optimizer): sets the learning rate and shows the time left. Ctrl-C
-    finishes this step and ends the loop, so that the script goes on to save; a second one aborts."""
+    """for step in steps(config, optimizer): sets the learning rate and shows the time left.
+    Ctrl-C finishes this step and ends the loop, so that the script goes on to save; a second one
+    aborts."""
     start = time.time()
     stop = []
     old = signal.getsignal(signal.SIGINT)
@@ -755,8 +758,8 @@ def clip_gradients(model):
 
 
 class Log:
-    """Keeps every step's numbers in rows, and prints at most 20 lines of the first 7. A loss that is
-    not finite stops the run."""
+    """Keeps every step's numbers in rows, and prints at most 20 lines of the first 7. A loss that
+    is not finite stops the run."""
 
     def __init__(self, config):
         self.config = config

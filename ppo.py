@@ -231,8 +231,8 @@ def read_prompts(config, tokenizer, context):
         ids = render_prompt(tokenizer, line.messages)
         room = context - len(ids) - 1                           # 1: the reward model's <|im_end|>
         if room < config.max_new:
-            raise UserError(f"{line.where}: the prompt leaves {room} of the models' {context} tokens;"
-                            f" --max-new wants {config.max_new}")
+            raise UserError(f"{line.where}: the prompt leaves {room} of the models' {context} "
+                            f"tokens; --max-new wants {config.max_new}")
         prompts.append(Prompt(ids, line.messages, line.row))
     return hold_out(prompts, most=64)
 
@@ -348,7 +348,7 @@ def train(config, score=None):
     context = min(policy.config.max_len, critic.config.max_len)
     prompts, held = read_prompts(config, tokenizer, context)
     world = exam.knows([prompt.row for prompt in prompts + held])
-    lengths = [len(prompt.ids) // 48 for prompt in prompts]     # mixed, but for the few very long ones
+    lengths = [len(prompt.ids) // 48 for prompt in prompts]     # the few that are long go together
     shuffle = torch.Generator().manual_seed(config.seed)
     stream = batches(prompts, lengths, config.batch // config.group, shuffle)
     generator = torch.Generator().manual_seed(config.seed + RANK)
@@ -415,7 +415,7 @@ def train(config, score=None):
         clipped = (rho - 1).abs() > config.eps
         if step == 0:
             show_shortest(samples, rewards, values, returns, advantages, tokenizer, config)
-            config.say(f"first ratio {ratios[0].mean():.3f}, KL {abs(kl):.3f}: nothing has moved yet")
+            config.say(f"first ratio {ratios[0].mean():.3f}, KL {abs(kl):.3f}: nothing moved yet")
         watched = {}
         if world:
             watched["gold"] = gold_of(batch, samples)

@@ -4,7 +4,8 @@ Nobody can write down what a good answer is, but anybody can say which of two is
 and Terry (1952) turn such votes into numbers: an answer y to a prompt x has a score r(x, y), and
 the odds of a vote depend on the difference of two scores. So r learns whatever makes annotators
 say yes: what is good, and what flatters them. The judge is the language model, with one number in
-place of the vocabulary; it is read where the answer ends.
+place of the vocabulary. Its score is taken at the answer's last token, <|im_end|>: the network
+looks only back, so no earlier token has seen the whole answer.
 
     P(chosen beats rejected) = sigma(r_chosen - r_rejected)
     L = - log sigma(r_chosen - r_rejected)
@@ -17,14 +18,18 @@ By hand: r(A) = 1.2, r(B) = 0.8, and B is chosen. sigma(0.8 - 1.2) = 0.401, the 
     python reward_model.py --kind multi     three heads: helpful, harmless, honest
     python reward_model.py --data mine.jsonl --init SmolLM2-135M --lr 2e-5 --out out/mine
 
-The first one ends in an honest FAIL: of two answers the judge prefers the better one 77 times in
-100, where 85 are wanted, and a compliment before an answer raises its score by half a point.
+A line of mine.jsonl is {"prompt": "...", "chosen": "...", "rejected": "..."}; for --kind ranked
+{"prompt": "...", "responses": ["the best", "...", "the worst"]}, and multi wants "marks" beside.
+
+The first command ends in FAIL, and should: of two answers this judge prefers the better one 77
+times in 100, where 85 are wanted. A compliment before an answer raises its score by about 0.5,
+which moves a vote from 50 to 62%: it has learned its annotators' weakness.
 
 Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): a tiny network, a few hundred steps.
 Judges that are read elsewhere have files of their own: at every step of a solution (python -m
 lessons.process_reward), or at the word "A" or "B" (python -m lessons.talking_judge).
-Try next: --center 0.01, and see where the scores stay; --held 2 (half the data); then ask what else
-your judge likes, with python -m lessons.judge_bias.
+Try next: --center 0.01, and see where the scores stay; --held 2, which learns from half of the
+prompts; then ask what else your judge likes, with python -m lessons.judge_bias.
 """
 import zlib
 from dataclasses import dataclass, replace
@@ -49,7 +54,7 @@ class Config(Settings):
     batch: int = 32           # comparisons a step
     lr: float = None          # peak learning rate (default: see KINDS)
     center: float = 0.0       # pairs: weight of the penalty (r_chosen + r_rejected)^2
-    held: int = 6             # one prompt in so many is held out
+    held: int = 6             # hold out one prompt in this many
     drop: bool = False        # leave out answers longer than the context (otherwise an error)
 
     limits = Settings.limits | {"held": (2, 10**9)}
@@ -121,8 +126,8 @@ def longest(comparison):
 
 
 def read_comparisons(config, tokenizer, context):
-    """SEAM: your own format goes here. All that is needed of a line of JSON is a prompt and its
-    answers, the best one first; rows.read_rankings knows the formats that the field uses."""
+    """SEAM: your own format goes here. rows.read_rankings reads the usual ones; all that is
+    needed of a line is a prompt and its answers, the best one first."""
     comparisons, long = [], []
     for line in rows.read_rankings(config.data):
         examples = [render_answer(tokenizer, line.prompt, text) for text in line.answers]
@@ -144,8 +149,9 @@ def read_comparisons(config, tokenizer, context):
 
 
 def hold_out_prompts(comparisons, every):
-    """-> to learn from, held out. A number made from its text decides on which side a prompt is, so
-    that all answers to it are on the same side, whatever file they come from."""
+    """-> to learn from, held out. By prompt, never by row: several rows share a prompt, and if
+    one of them were learned from, the others would measure memory. A number made from a prompt's
+    text decides on which side it is, whatever file it stands in."""
     train, held = [], []
     for comparison in comparisons:
         number = zlib.crc32(studybuddy.flat(comparison.prompt).encode())
@@ -156,9 +162,9 @@ def hold_out_prompts(comparisons, every):
 
 
 def marks(comparison):
-    """How helpful, harmless and honest is each answer? Trained raters can tell (HelpSteer,
-    2311.09528). Our annotators vote on the whole, so in our world the marks are the gold judge's
-    own, without noise: the lesson is the heads. -> K lists of 3"""
+    """How helpful, harmless and honest each answer is, as trained raters say (HelpSteer,
+    2311.09528). In our world the marks are the gold judge's, without noise; on your data they are
+    "marks", one object for each answer, in the order of the answers. -> K lists of 3"""
     given = comparison.row.get("marks")
     if given is None and exam.knows([comparison.row]):
         given = [studybuddy.judge(comparison.row, text) for text in comparison.answers]
@@ -232,7 +238,7 @@ KINDS = {
 TARGETS = {
     "pairs": [exam.Target("gold_order", 0.85), exam.Target("of_ceiling", 0.95),
               exam.Target("calibration", 0.05, at_most=True),
-              exam.Target("flattery", 0.2, at_most=True)],
+              exam.Target("flattery", 0.2)],        # the world's lesson: a judge learns its people
     "ranked": [exam.Target("gold_order", 0.75)],
     "multi": [exam.Target(axis, 0.8) for axis in rows.AXES],
 }
@@ -305,8 +311,9 @@ def truth(comparisons):
 
 
 def ceiling(gold, compliments):
-    """The annotators are simulated: they, too, vote as Bradley and Terry say, with KEEN times the
-    truth and VAIN times the compliments for a score. So often is a judge right that knows this."""
+    """The annotators are simulated. Their score of an answer is KEEN times its gold mark plus
+    VAIN times its compliments, and they vote as Bradley and Terry say. A judge that knew that
+    score would agree with them this often; the rest is noise."""
     first, second = duels(studybuddy.KEEN * gold + studybuddy.VAIN * compliments)
     p = torch.sigmoid(first - second)
     return p.maximum(1 - p).mean().item()
@@ -389,13 +396,15 @@ def train(config):
         clip_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log: guessing gives ln 2 = 0.69 (four answers: ln 24 = 3.18). Votes are noisy: never 0
+        # 5 log: scores of 0 give ln 2 = 0.69 (four answers: ln 24 = 3.18). The head starts at
+        # random, so the first loss is near that; votes are noisy, so the last one is not near 0.
         loss, r_chosen, r_rejected = torch.cat(seen, dim=1)     # (B,) each
         log(step, loss=loss.mean(), accuracy=(r_chosen > r_rejected).float().mean(),
-            margin=(r_chosen - r_rejected).mean(), chosen=r_chosen.mean(),
+            lead=(r_chosen - r_rejected).mean(), chosen=r_chosen.mean(),
             rejected=r_rejected.mean())
     merge_lora(model)
-    if kind.heads == 1:     # only differences were learned: from now on an average winner scores 0
+    if kind.heads == 1 and config.center == 0:
+        # only differences were learned: move all scores, so that an average winner scores 0
         model.mean += all_scores(model, held, tokenizer)[:, 0].mean()
     if config.save:
         save(config.out, model, tokenizer)

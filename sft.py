@@ -4,22 +4,26 @@ A base model has read questions followed by good answers, by bad ones and by mor
 imitates them all. SFT shows it some hundreds of conversations and makes the assistant's words
 likelier. The loss is that of pretraining, with two changes: the data, which stands in a chat
 template, and a mask m, which leaves out what the assistant did not write. SFT gives the model a
-voice. That one answer is better than another it cannot say; dpo.py can.
+voice. It cannot teach that one answer is better than another; dpo.py can.
 
-    L(theta) = - sum_it m_it log pi_theta(y_it | y_i,<t) / sum_it m_it      rows i, positions t
+    L(theta) = - sum_it m_it log pi_theta(y_it | y_i,<t) / sum_it m_it
 
-By hand: the model gives the three tokens of an answer 0.5, 0.25 and 0.8. Their product is 0.1, so
-L = - ln(0.1) / 3 = 0.768. How likely the question is does not count: its m is 0.
+Here y_i is a whole row, prompt and answer, and t a position in it. By hand: to the two tokens of
+an answer and its <|im_end|> the model gives 0.5, 0.25 and 0.8. Their product is 0.1, so L = -
+ln(0.1) / 3 = 0.768. How likely the question is does not count: its m is 0.
 
     python sft.py                            data/base -> out/sft, 25 s: gold 0.42 -> 0.67
     python sft.py --lora 8 --steps 110 --out out/lora      by adapters of rank 8, on frozen weights
     python sft.py --data mine.jsonl --init SmolLM2-135M --lr 2e-5 --out out/mine
 
+A line of mine.jsonl is {"prompt": "...", "completion": "..."} or {"messages": [{"role": "user",
+"content": "..."}, {"role": "assistant", "content": "..."}]}. `gold` is the true quality of
+answers, which is known on our toy data alone; on yours there is the loss of held-out rows.
+
 Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): one short run, and no dropout.
-Conversations that a model wrote come from files of their own: the best of N own answers (python -m
-lessons.best_of), a teacher's answers (python -m lessons.distill).
-Try next: a mask of ones in to_examples(), then ask it something; --steps 400, and watch held_out.
-"""
+Answers of a model make data, too: its own best of N (lessons.best_of), a teacher's
+(lessons.distill). Try next: a mask of ones in to_examples(), then talk to it (python model.py
+out/sft); --steps 400, and compare held_out on the two cards. """
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,17 +48,18 @@ class Config(Settings):
 # ---------------------------------------------------------------- data
 
 def to_examples(lines, tokenizer, context, config):
-    """SEAM: your own format goes here. All that is needed of a line is `messages`, the last of them
-    the assistant's; rows.read_conversations knows the formats that the field uses."""
+    """SEAM: your own format goes here. rows.read_conversations reads the usual ones; all that is
+    needed of a line is its messages. Whatever the assistant says in them is trained on."""
     examples = []
     long = []
     for line in lines:
         # template: messages become one row of tokens
         ids, answer = render(tokenizer, line.messages)
-        # mask: 1 at what the assistant wrote and at its <|im_end|>, or it would never learn to stop
-        m = answer                  # with m = [1] * len(ids) it learns to write the questions, too
-        if 1 not in m[1:context]:
-            raise UserError(f"{line.where}: the prompt is longer than the model's {context} tokens")
+        # mask: 1 at the assistant's words and at the <|im_end|> after them, so that it learns to
+        # stop
+        m = answer                  # try m = [1] * len(ids): it learns to write the questions, too
+        if 1 not in m[1:context]:   # the first token is nobody's target
+            raise UserError(f"{line.where}: no answer begins within the model's {context} tokens")
         if len(ids) > context:
             long.append(line.where)
         examples.append(Example(ids[:context], m[:context]))
@@ -69,11 +74,12 @@ def to_examples(lines, tokenizer, context, config):
 # ---------------------------------------------------------------- the maths
 
 def shift(model, examples, tokenizer):
-    """Each token is the target of the one before it. -> logits (N, V), targets (N,), where m = 1"""
+    """Runs the model; what it knows at t predicts the token at t + 1.
+    -> logits (N, V) and targets (N,), at the N positions with m = 1 (`mask` tells padding apart)"""
     ids, mask, answer = collate(examples, tokenizer, model.embed.weight.device)  # (B, T) each
-    hidden = model.hidden(ids, mask)[:, :-1]                    # (B, T-1, C): what it knows at t
-    targets = ids[:, 1:]                                        # (B, T-1): the token at t + 1
-    m = answer[:, 1:]                                           # (B, T-1)
+    hidden = model.hidden(ids, mask)[:, :-1]                    # (B, T-1, C), of t
+    targets = ids[:, 1:]                                        # (B, T-1), the token at t + 1
+    m = answer[:, 1:]                                           # (B, T-1), is it trained on?
     return model.head(hidden[m]), targets[m]
 
 
@@ -85,8 +91,8 @@ def target_logps(logits, targets):
 
 # L = - sum_it m_it log pi(y_it | y_i,<t) / sum_it m_it
 def sft_loss(logps, count):
-    """logps (N,), where m = 1. `count` is the sum of m over the whole batch, so that a token weighs
-    the same in a long answer and in a short one, and in whichever part of the batch it is."""
+    """logps (N,), where m = 1. `count` is the sum of m over the whole batch, not over this part or
+    this row: so every token weighs the same."""
     return -logps.sum() / count
 
 
@@ -169,7 +175,7 @@ def train(config):
     for step in steps(config, optimizer):
         # 1 batch, and how many targets it has
         batch = next(stream)
-        count = average(float(tokens_in(batch)))
+        count = average(float(tokens_in(batch)))                # (the mean over processes)
         total = 0.0
         for part in parts(batch, config.accumulate):
             # 2 score the targets
@@ -183,7 +189,7 @@ def train(config):
         clip_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log: the loss jumps, as all rows of a batch are of a length; held_out is what to compare
+        # 5 log: the loss is jumpy, as a batch holds rows of similar length; compare held_out
         log(step, loss=total, targets=count)
     merge_lora(model)
     if config.save:

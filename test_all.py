@@ -3539,7 +3539,7 @@ PAPER = {
 
 def loss_by_name(name, chosen, rejected):
     method = dpo.LOSSES[name]
-    return method.loss(chosen, rejected, **{number: NUMBERS[number] for number in method.uses})
+    return method.function(chosen, rejected, **{number: NUMBERS[number] for number in method.uses})
 
 
 def example_ratios(name):
@@ -3738,7 +3738,7 @@ def test_every_loss_learns(shouting, name):
 def test_dpo_starts_at_ln_2_and_falls(shouting):
     log = dpo.train(replace(shouting, steps=5))["log"]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert log[0]["chosen"] == log[0]["rejected"] == log[0]["margin"] == 0
+    assert log[0]["chosen"] == log[0]["rejected"] == log[0]["lead"] == 0
     assert log[-1]["loss"] < math.log(2)
 
 

@@ -294,9 +294,9 @@ BUGS = [
      'chosen and rejected are swapped'),
     ('dpo.py', 'reference = copy.deepcopy(policy).requires_grad_(False)', 'reference = policy',
      'the reference moves along'),
-    ('dpo.py', 'part, tokenizer, mean=not method.reference)', 'part, tokenizer)',
+    ('dpo.py', '    if LOSSES[config.loss].reference:', '    if True:',
      'SimPO and ORPO learn from sums'),
-    ('dpo.py', '(loss.sum() / len(batch)).backward()', 'loss.mean().backward()',
+    ('dpo.py', '(losses.sum() / len(batch)).backward()', 'losses.mean().backward()',
      'parts: each has its own mean'),
     ('dpo.py', 'clip_gradients(policy)', 'clip_gradients(reference)', 'gradients are not clipped'),
     ('dpo.py', 'optimizer.zero_grad()', 'optimizer.zero_grad',
@@ -311,13 +311,12 @@ BUGS = [
     ('dpo.py', 'after, answers = evaluate(policy, reference, held,',
      'after, answers = evaluate(policy, reference, pairs,',
      'after is measured on training pairs'),
-    ('dpo.py', 'leads.append((chosen - ref_chosen)', 'leads.append((chosen)',
-     'held-out accuracy forgets half the reference'),
+    ('dpo.py', 'return chosen - ref_chosen, rejected - ref_rejected',
+     'return chosen - ref_chosen, rejected', 'held-out accuracy forgets half the reference'),
     ('dpo.py', 'exam.exam(policy, tokenizer, reference, against, config.seed)',
      'exam.exam(policy, tokenizer, policy, against, config.seed)',
      "the exam's KL is from itself"),
-    ('dpo.py', 'for first in range(0, len(pairs), 32):',
-     'for first in range(0, min(len(pairs), 32), 32):',
+    ('dpo.py', 'for part in parts(pairs, n=4):', 'for part in parts(pairs, n=4)[:1]:',
      'accuracy of the first 32 held-out pairs alone'),
 
     ('cai.py', 'return (a_first + 1 - b_first) / 2', 'return (a_first + b_first) / 2',
@@ -341,7 +340,7 @@ BUGS = [
      'taught = [(draft.prompt.messages, draft.first)',
      'learns the answers before they were mended'),
     ('cai.py', 'draft.text, CRITIQUE.format(principle=principle)))',
-     'draft.answer, CRITIQUE.format(principle=principle)))',
+     'draft.first, CRITIQUE.format(principle=principle)))',
      'the critic always reads the first answer'),
     ('cai.py', 'draft.text, request, complaint, REVISE)',
      'draft.first, request, complaint, REVISE)', 'the first answer is mended each time'),
@@ -381,9 +380,9 @@ BUGS = [
     ('cai.py', 'if prompt.row.get("attack"):', 'if not prompt.row.get("attack"):',
      'red-teaming with harmless prompts'),
     ('cai.py', 'exam.exam(policy, tokenizer, teacher, old_answers, config.seed)',
-     'exam.exam(sl_policy, tokenizer, teacher, old_answers, config.seed)',
+     'exam.exam(reference, tokenizer, teacher, old_answers, config.seed)',
      "the exam is the SL model's"),
-    ('cai.py', 'save(config.out, policy, tokenizer)', 'save(config.out, sl_policy, tokenizer)',
+    ('cai.py', 'save(config.out, policy, tokenizer)', 'save(config.out, reference, tokenizer)',
      'the wrong model is saved'),
     ('cai.py', 'prompts, new, [draft.first for draft in drafts], drawn,',
      'prompts, [draft.first for draft in drafts], new, drawn,',
@@ -497,16 +496,17 @@ BUGS = [
      'the wrong thumbs are thinned out'),
     ('lessons/kto.py', 'others = [thumb.mismatched for thumb in batch]',
      'others = [thumb.judged for thumb in batch]', 'z is measured on the answers themselves'),
-    ('lessons/kto.py', '(loss.sum() / len(batch)).backward()', 'loss.mean().backward()',
+    ('lessons/kto.py', '(losses.sum() / len(batch)).backward()', 'losses.mean().backward()',
      'parts: each has its own mean'),
     ('lessons/kto.py', 'reference = copy.deepcopy(policy).requires_grad_(False)',
      'reference = policy', 'the reference moves along'),
     ('lessons/kto.py', 'return logps - ref_logps', 'return ref_logps - logps',
      'the ratio is upside down'),
-    ('lessons/kto.py', 'leads = ratio[good][:, None] - ratio[~good]',
-     'leads = ratio[~good][:, None] - ratio[good]', 'separation counts the wrong way round'),
-    ('lessons/kto.py', 'loss = dpo.kto(ratio, mismatched, good, config.beta, config.aversion)',
-     'loss = dpo.kto(ratio, mismatched, good, config.beta, 1.0)', '--aversion does nothing'),
+    ('lessons/kto.py', 'dpo.share_ahead(ratio[good][:, None], ratio[~good])',
+     'dpo.share_ahead(ratio[~good][:, None], ratio[good])',
+     'separation counts the wrong way round'),
+    ('lessons/kto.py', 'losses = dpo.kto(ratio, mismatched, good, config.beta, config.aversion)',
+     'losses = dpo.kto(ratio, mismatched, good, config.beta, 1.0)', '--aversion does nothing'),
     ('lessons/kto.py', 'optimizer.zero_grad()', 'optimizer.zero_grad',
      'gradients pile up from step to step'),
 
@@ -524,9 +524,9 @@ BUGS = [
      "the answers are the reference's"),
     ('lessons/online.py', 'return step * config.rounds % config.steps < config.rounds',
      'return step % config.rounds == 0', 'rounds are as long as their number'),
-    ('lessons/online.py', 'loss = dpo.dpo(chosen, rejected, config.beta)',
-     'loss = dpo.dpo(chosen, rejected, 0.5)', '--beta does nothing'),
-    ('lessons/online.py', '(loss.sum() / len(batch)).backward()', 'loss.mean().backward()',
+    ('lessons/online.py', 'losses = dpo.dpo(chosen, rejected, config.beta)',
+     'losses = dpo.dpo(chosen, rejected, 0.5)', '--beta does nothing'),
+    ('lessons/online.py', '(losses.sum() / len(batch)).backward()', 'losses.mean().backward()',
      'parts: each has its own mean'),
     ('lessons/online.py', 'drawn.answer[i][mask].int().tolist()',
      'drawn.mask[i][mask].int().tolist()', "loss on the prompt's tokens, too"),
@@ -621,10 +621,12 @@ def tests_of(file):
         return ["lessons/test_lessons.py"]
     if file in ("data/studybuddy.py", "data/generate.py", "data/base.py"):
         return ["data/test_world.py"]
+    if file.startswith("data/"):
+        return ["data/test_data.py"]
     section = ""
     tests = []
     for line in (HERE / "test_all.py").read_text(encoding="utf-8").splitlines():
-        heading = re.match(r"# -{80,} (.+)", line)
+        heading = re.match(r"# -{60,} ([\w ./]+)", line)
         test = re.match(r"def (test_\w+)", line)
         if heading:
             section = heading[1]

@@ -5,8 +5,8 @@ please it. A policy that climbs its score leaves these behind and finds others: 
 reward model overrates. So the score rises on, and the truth turns. What holds the policy back is
 beta, the price of distance, and how far it went is the KL (Gao et al. 2023, 2210.10760).
 
-In this world the truth is known, so one can watch it turn. Elsewhere it is not, so there are alarms,
-which look at the answers alone. The question is how good the answers were when one of them rang:
+In this world the truth is known, so one can watch it turn. Elsewhere it is not. So there are
+alarms, which look at the answers alone, and the question is how good these were when one rang:
 
     kl         to choose the best of n answers takes log n - (n - 1)/n nats (Stiennon et al. 2020,
                2009.01325): beyond n = 100 these are answers that the reference hardly ever gives
@@ -21,7 +21,7 @@ deviation, by 0.5 / sqrt(64) = 0.06 at most. An alarm wants five of them.
     python -m lessons.goodhart --betas "0.3 0.1 0.03 0"  more prices of distance
 
 Simplified: RLOO in place of PPO, as it is faster and falls for the same things (--algorithm ppo).
-Try next: --steps 160; --lr 1e-3; --reward with another reward model, whose weak spots are others.
+Try next: --steps 160; --lr 5e-4; --reward with another reward model, whose weak spots are others.
 """
 import math
 from collections import Counter
@@ -40,7 +40,7 @@ class Config(Settings):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt", of our world
     steps: int = 80           # batches of answers, for each beta
     batch: int = 64           # answers a step
-    lr: float = None          # peak learning rate (default: see ppo.ALGORITHMS)
+    lr: float = 1e-3          # peak learning rate: twice ppo.py's, to see sooner what comes
     algorithm: str = "rloo"   # or reinforce, or ppo
     reward: str = "out/reward_model"  # the proxy
     betas: str = "0.1 0"      # prices of a nat of distance, one run each

@@ -4,7 +4,7 @@ Pairs have to be asked for; thumbs come by themselves. KTO (Ethayarajh et al. 20
 eq. 8) raises good answers and lowers bad ones. Each is held against z, how far the policy has moved
 on the whole: the KL of pi and pi_ref, measured on answers that are put under other prompts.
 
-    L = 1 - sigma(beta (r - z)) for a good answer, lambda [1 - sigma(beta (z - r))] for a bad one
+    L = 1 - sigma(beta (r - z)) for a good answer, lambda sigma(beta (r - z)) for a bad one
     r = log pi(y|x)/pi_ref(y|x)          z = max(0, mean_i log pi(y_j|x_i)/pi_ref(y_j|x_i)), j != i
 
 By hand: every run starts at r = z = 0, where both losses are 1/2. A good answer that is e times as
@@ -38,7 +38,7 @@ class Config(Settings):
     steps: int = 110          # optimiser steps
     batch: int = 32           # judgements a step
     lr: float = 2e-4          # peak learning rate
-    beta: float = 0.5         # how short the leash to the reference is
+    beta: float = 0.5         # the larger, the closer it stays to the reference
     aversion: float = 1.0     # weight of bad answers over good ones, lambda
     share: float = 1.0        # of the good answers, learn from so many
     quick: bool = False       # 3 steps, to see that it runs
@@ -126,8 +126,7 @@ def fixed_ratios(policy, reference, examples, tokenizer, size=32):
 
 def separation(ratio, good):
     """How often is a good answer's log-ratio above a bad one's? A tie is half right. (N,), (N,)"""
-    leads = ratio[good][:, None] - ratio[~good]                 # (good, bad)
-    return (leads.sign() + 1).mean().item() / 2
+    return dpo.share_ahead(ratio[good][:, None], ratio[~good])  # (good, 1) against (bad,)
 
 
 def evaluate(policy, reference, thumbs, tokenizer, config, against=None):
@@ -177,18 +176,18 @@ def train(config):
             ratio = ratios(policy, reference, [thumb.judged for thumb in part], tokenizer)  # (B,)
             good = torch.tensor([thumb.good for thumb in part], device=ratio.device)        # (B,)
             # 3 loss
-            loss = dpo.kto(ratio, mismatched, good, config.beta, config.aversion)           # (B,)
-            (loss.sum() / len(batch)).backward()
-            seen.append(torch.stack([loss, ratio, good]).detach())                  # (3, B)
+            losses = dpo.kto(ratio, mismatched, good, config.beta, config.aversion)         # (B,)
+            (losses.sum() / len(batch)).backward()
+            seen.append(torch.stack([losses, ratio, good]).detach())                # (3, B)
         # 4 step
         clip_gradients(policy)
         optimizer.step()
         optimizer.zero_grad()
         # 5 log: the first loss is 1/2 (for aversion 1). `good` and `bad` are mean log-ratios; a
         # batch may lack one kind, and then it is 0
-        loss, ratio, good = torch.cat(seen, dim=1)                                  # (B,) each
+        losses, ratio, good = torch.cat(seen, dim=1)                                # (B,) each
         bad = 1 - good
-        log(step, loss=loss.mean(), z=mismatched.mean().clamp(min=0),
+        log(step, loss=losses.mean(), z=mismatched.mean().clamp(min=0),
             good=(ratio * good).sum() / good.sum().clamp(min=1),
             bad=(ratio * bad).sum() / bad.sum().clamp(min=1))
     merge_lora(policy)

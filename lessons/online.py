@@ -39,7 +39,7 @@ class Config(Settings):
     steps: int = 110          # optimiser steps
     batch: int = 32           # prompts a step, two answers to each
     lr: float = 5e-4          # peak learning rate
-    beta: float = 0.5         # how short the leash to the reference is
+    beta: float = 0.5         # the larger, the closer it stays to the reference
     judge: str = "out/reward_model"  # folder of the reward model that says what is better
     rounds: int = 0           # answer anew in so many rounds (0: run and compare all)
     max_new: int = 72         # longest answer in tokens
@@ -113,25 +113,20 @@ def learn(config, score):
         batch = next(stream)
         seen = []
         for part in parts(batch, config.accumulate):
-            # 2 score both answers under both models
-            chosen, rejected = dpo.answer_logps(policy, part, tokenizer)    # (B,), (B,)
-            with torch.no_grad():
-                ref_chosen, ref_rejected = dpo.answer_logps(reference, part, tokenizer)
-            chosen = chosen - ref_chosen
-            rejected = rejected - ref_rejected
-            # 3 loss
-            loss = dpo.dpo(chosen, rejected, config.beta)                   # (B,)
-            (loss.sum() / len(batch)).backward()
-            seen.append(torch.stack([loss, chosen, rejected]).detach())     # (3, B)
+            # 2 score: how much likelier has each answer become than it was under the reference?
+            chosen, rejected = dpo.log_ratios(policy, reference, part, tokenizer)
+            # 3 loss: has the winner gained more than the loser?
+            losses = dpo.dpo(chosen, rejected, config.beta)                 # (B,)
+            (losses.sum() / len(batch)).backward()
+            seen.append(torch.stack([losses, chosen, rejected]).detach())   # (3, B)
         # 4 step
         clip_gradients(policy)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log: the first loss is ln 2 = 0.6931
-        loss, chosen, rejected = torch.cat(seen, dim=1)                     # (B,) each
-        lead = chosen - rejected
-        log(step, loss=loss.mean(), accuracy=(lead.sign().mean() + 1) / 2, margin=lead.mean(),
-            chosen=chosen.mean(), rejected=rejected.mean())
+        # 5 log, in nats. The first loss is ln 2 = 0.6931
+        losses, chosen, rejected = torch.cat(seen, dim=1)                   # of the whole batch
+        log(step, loss=losses.mean(), accuracy=dpo.share_ahead(chosen, rejected),
+            lead=(chosen - rejected).mean(), chosen=chosen.mean(), rejected=rejected.mean())
     merge_lora(policy)
     return policy, log
 
