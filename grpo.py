@@ -9,21 +9,27 @@ the policy pi_old that wrote them (Shao et al. 2024, 2402.03300, equation 3):
     rho_it = pi(o_it | o_i,<t) / pi_old(o_it | o_i,<t)
     L      = - 1/G sum_i 1/|o_i| sum_t min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i)
 
-By hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49, so the advantages are +0.82 -1.22
-+0.82 -1.22 +0.82. While pi is pi_old, rho is 1 and L = - mean(A) = 0. Its gradient is not 0: watch
-the reward, not the loss. Once a token of the first answer is at rho 1.5, it counts for min(1.5 x
-0.82, 1.2 x 0.82) = 0.98, a constant: it is not pushed on.
+For a batch of P prompts 1/G becomes 1/B, B = P G; with --beta, + beta KL(pi || ref) is added. By
+hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49 (over G, not G - 1), so the advantages
+are +0.82 -1.22 +0.82 -1.22 +0.82. While pi is pi_old, rho is 1 and L = - mean(A) = 0. Its
+gradient is not 0: watch the reward, not the loss. Once a token of the first answer is at rho 1.5,
+it counts for min(1.5 x 0.82, 1.2 x 0.82) = 0.98, a constant: it is not pushed on.
 
-    python grpo.py                   out/sft -> out/grpo on sums, in a minute. The last line:
-                                     PASS math_greedy 0.12 -> 0.98 (target 0.95) in 40 s
-    python grpo.py --loss dr_grpo    another method; FAMILY is a map of them. --epochs 2 tells more
+    python grpo.py                   out/sft -> out/grpo on sums. The last line:
+                                     PASS math_greedy 0.06 -> 0.98 (target 0.95) in 40 s
+    python grpo.py --loss gspo --epochs 2      another method; FAMILY is a map of them. (With one
+                                     epoch rho is 1: only std and weights tell them apart.)
     python grpo.py --verifier naive --max-new 16      a verifier with a hole: reward without truth
     python grpo.py --data mine.jsonl --init SmolLM2-135M --lr 1e-6 --max-new 200 --out out/mine
 
+A line of mine.jsonl is {"prompt": "What is 2 + 3?", "answer": 5}. `strict` pays for "The answer
+is 5." in that form alone; for other data give train(config, reward) a function of your own (see
+SEAM).
+
 Dropped from the papers, and why:
-    the critic            GRPO's own idea: the mean of a group does its work
-    the KL to a reference unless --beta: it guards a judge that can be fooled; this one cannot
-    old answers           unless --epochs: each batch teaches once, so nothing needs its clip
+    the critic            the mean of a group does its work, which is GRPO's own idea
+    the KL to a reference off unless --beta: it guards a judge that can be fooled; strict cannot
+    old answers           one epoch unless --epochs: while pi is pi_old, the clip never acts
     DAPO's new draws      and its penalty for length: another loop, python -m lessons.dynamic
     rewards for steps     only the conclusion is checked, as in DeepSeek-R1 (2501.12948)
 Try next: --group 2; --batch 4 --group 32; --beta 0.1; a verifier that likes short answers.
@@ -93,15 +99,15 @@ def grpo_loss(logps, old_logps, advantages, answer, weights, method, ref_logps=N
         J = torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)                 (B, T)
         loss = -(J * answer).sum(1) / answer.sum(1) / B                     (B,)
 
-    Each other method has another ratio, clip or weight. On the policy's own answers rho is 1, so
+    Each other method has another ratio, clip or weight; w_it already holds 1/B. While rho is 1
     nothing is clipped, and the gradient is REINFORCE's: - sum_it w_it A_i grad log pi.
-    k3 is never negative, and over what pi writes its mean is KL(pi || pi_ref).
     """
     A = advantages[:, None].expand_as(logps)                    # (B,) -> (B, T)
     rho = method.ratio(logps - old_logps, answer)               # (B, T)
     J = method.clip(rho, A, logps, method.low, method.high)     # (B, T) what each token is worth
     if beta > 0:
         log_ref = ref_logps - logps                             # (B, T) log pi_ref / pi
+        # k3 is never negative, and over what pi writes its mean is KL(pi || pi_ref)
         J = J - beta * (log_ref.exp() - log_ref - 1)
     return -(weights * J).sum(1)
 
@@ -217,8 +223,8 @@ def strict(truth, text, ended):
 
 
 def naive(truth, text, ended):
-    """The right number stands somewhere. With room for 72 tokens honest work still pays best. 16
-    hold the steps of most sums, but not the conclusion: the reward rises, and little is right."""
+    """Pays if the right number stands anywhere. With room for 72 tokens honest work still pays
+    best; 16 hold most sums' steps but no conclusion, so the reward rises, and little is right."""
     return float(truth in re.findall(NUMBER, text))
 
 
@@ -235,8 +241,8 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(config, tokenizer, context):
-    """Prompts with an answer to check; where lines have a kind, those of kind math. What is there
-    twice counts once. -> to learn from, held out"""
+    """Prompts with an answer to check; where lines have a kind, those of kind math. Duplicates are
+    dropped. -> to learn from, held out"""
     prompts = {}
     for line in rows.read_prompts(config.data):
         if line.row.get("kind", "math") != "math":
@@ -387,7 +393,8 @@ def train(config, reward=None):
             clip_gradients(policy)
             optimizer.step()
             optimizer.zero_grad()
-        # 5 log: the first ratio is 1, as who wrote is who learns. Later epochs move away from it
+        # 5 log, of sampled answers to training prompts. ratio is the largest of all rho and 1/rho:
+        # 1 in the first epoch, when pi is pi_old. contrast: how many groups teach anything
         length = samples.answer.sum(1).float().mean()
         log(step, reward=rewards.mean(), right=share_right(batch, samples),
             worked=share_worked(samples), length=length, contrast=contrast(rewards).float().mean(),
@@ -398,7 +405,7 @@ def train(config, reward=None):
 
     # AFTER
     after, answers = evaluate(policy, reference, held, tokenizer, config, reward, old_answers)
-    config.say("the group from above: see log pi. L is a direction for one step, and no score")
+    config.say("the group from above: log pi should be up where A > 0, and down where A < 0")
     show_group(policy, held[0], group, earned, config)
     config.say("a new group")
     group = sample_groups(policy, tokenizer, held[:1], config, generator)

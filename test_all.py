@@ -2805,7 +2805,7 @@ BY_HAND = torch.tensor([[1., 0., 1., 0., 1.]])
 def test_grpo_advantages_by_hand():
     expected = torch.tensor([[.82, -1.22, .82, -1.22, .82]])
     assert torch.allclose(grpo.group_advantages(BY_HAND), expected, atol=0.006)
-    assert "+0.82 -1.22\n+0.82 -1.22 +0.82" in grpo.__doc__
+    assert "+0.82 -1.22 +0.82 -1.22 +0.82" in " ".join(grpo.__doc__.split())
     assert "mean 0.6 and deviation 0.49" in grpo.__doc__
 
 

@@ -1478,7 +1478,7 @@ from sums import add
 def test_of_another_file():
     assert False
 
-# ---------------------------------------------------------------------------------------- sums.py
+# ---------------------------------------------------------------- sums.py: the sums
 
 def test_three():
     assert add(1, 2) == 3
@@ -1526,6 +1526,7 @@ def test_a_copy_is_without_outputs(toy_repository, tmp_path):
 def test_the_tests_of_a_file_are_its_section_and_those_of_all_scripts(toy_repository):
     assert bugs.tests_of("sums.py") == ["test_all.py::test_three", "test_all.py::test_five"]
     assert bugs.tests_of("data/base.py") == ["data/test_world.py"]
+    assert bugs.tests_of("data/rows.py") == ["data/test_data.py"]
     assert bugs.tests_of("lessons/kto.py") == ["lessons/test_lessons.py"]
 
 
