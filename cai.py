@@ -10,21 +10,22 @@ asked in both orders, and its label p for two answers a and b is a probability:
     L = - p log sigma(h) - (1 - p) log sigma(-h)
     h = beta [ log pi(a|x)/pi_ref(a|x)  -  log pi(b|x)/pi_ref(b|x) ]
 
-By hand: with a at A the judge says "A" with 0.9, with a at B it says "B" with 0.5, so p = 0.7. Every
-run starts at h = 0, where L = ln 2 = 0.693. L is least, 0.611, where sigma(h) = 0.7: a judge that is
-unsure wants a small h. (A hard label would pull as hard at 0.51 as at 0.99, and never end.)
+By hand: with a at A the judge says "A" with 0.9, with a at B it says "B" with 0.5, so p = 0.7.
+Every run starts at h = 0, where L = ln 2 = 0.693. L is least, 0.611, where sigma(h) = 0.7: a
+judge that is unsure wants a small h. (A hard label would pull as hard at 0.51 as at 0.99, and
+never end.)
 
     python cai.py                             out/sft -> out/cai, by data/constitution.json
     python cai.py --constitution mine.json    by yours, a list of {"id": ..., "principle": ...}
-    python cai.py --init SmolLM2-135M-Instruct --data mine.jsonl --lr 1e-5 --sl-lr 1e-5 --out out/mine
+    python cai.py --data mine.jsonl --init SmolLM2-135M-Instruct --lr 1e-5 --sl-lr 1e-5
     python -m lessons.constitution            what each principle buys, and who judges the judge
 
-A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true} where it is an attack.
-What it learned from stands in out/cai/revisions.jsonl and out/cai/verdicts.jsonl: sft.py, dpo.py and
-reward_model.py read them, and with that reward model ppo.py is the paper's own RLAIF.
+A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true} where it is an
+attack. What it learned from stands in out/cai/revisions.jsonl and out/cai/verdicts.jsonl: sft.py,
+dpo.py and reward_model.py read them, and with that reward model ppo.py is the paper's own RLAIF.
 
-Simplified from Bai et al. 2022 (2212.08073): the SFT model stands for a helpful-only RLHF model, there
-are no human labels of helpfulness, no chain of thought, and DPO takes the place of PPO.
+Simplified from Bai et al. 2022 (2212.08073): the SFT model stands for a helpful-only RLHF model,
+there are no human labels of helpfulness, no chain of thought, and DPO takes the place of PPO.
 Try next: a principle of your own; --revisions 1; --order first.
 """
 import copy
@@ -85,10 +86,10 @@ def soft_label_loss(h, p):
     return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
 
 
-# ---------------------------------------------------------------- critique, revise, judge
-# SEAM: how to ask depends on the model. Ours has read people argue on the web in the words of
-# CRITIQUE, REVISE and COMPARE (data/studybuddy.py). A critique that begins with one of NOTHING finds
-# no flaw; a model that says it otherwise needs other words here.
+# ---------------------------------------------------------------- critique, revise, judge SEAM:
+# how to ask depends on the model. Ours has read people argue on the web in the words of CRITIQUE,
+# REVISE and COMPARE (data/studybuddy.py). A critique that begins with one of NOTHING finds no
+# flaw; a model that says it otherwise needs other words here.
 
 NOTHING = tuple(CRITIQUES[None])
 
@@ -119,8 +120,8 @@ def critique(model, tokenizer, drafts, principles):
 
 
 def revise(model, tokenizer, flawed, max_new):
-    """[(draft, principle, critique)] -> the same conversation goes on: mend it. -> texts, empty where
-    the revision did not come to an end"""
+    """[(draft, principle, critique)] -> the same conversation goes on: mend it. -> texts, empty
+    where the revision did not come to an end"""
     prompts = []
     for draft, principle, complaint in flawed:
         request = CRITIQUE.format(principle=principle)
@@ -145,15 +146,16 @@ def improve(model, tokenizer, drafts, principles, config, generator):
 
 
 def first_flaws(model, tokenizer, drafts, principles, config, generator):
-    """The principles are tried in turn, for each draft in an order of its own, until the critic finds
-    a flaw. -> [(draft, principle, critique)] of the drafts that have one"""
+    """The principles are tried in turn, for each draft in an order of its own, until the critic
+    finds a flaw. -> [(draft, principle, critique)] of the drafts that have one"""
     waiting = [(draft, in_order(principles, config, generator)) for draft in drafts]
     flawed = []
     for k in range(len(principles)):
         if not waiting:
             break
+        waiting_drafts = [draft for draft, _ in waiting]
         asked = [order[k] for _, order in waiting]
-        complaints = critique(model, tokenizer, [draft for draft, _ in waiting], asked)
+        complaints = critique(model, tokenizer, waiting_drafts, asked)
         fine = []
         for (draft, order), principle, complaint in zip(waiting, asked, complaints):
             if complaint.startswith(NOTHING):
@@ -188,8 +190,9 @@ def judge(model, tokenizer, prompts, firsts, seconds, principles):
         hidden = model.hidden(ids)                              # (B, T, C)
         last = [len(question) - 1 for question in part]
         hidden = hidden[range(len(part)), last]                 # (B, C)
-        logits = model.head(hidden)[:, letters]                 # (B, 2)
-        p.append(logits.float().softmax(-1)[:, 0])              # (B,)
+        logits = model.head(hidden)                             # (B, V)
+        letter = logits[:, letters].float().softmax(-1)         # (B, 2), of A and B
+        p.append(letter[:, 0])                                  # (B,)
     return torch.cat(p)
 
 
@@ -209,6 +212,10 @@ class Verdict(NamedTuple):
     b: Example               # tokens of the prompt and of another answer
     p: float                 # how probable the judge finds it that a is better
     line: dict               # the same as JSON; its "p" is that of the chosen one
+
+
+def longest(verdict):
+    return max(len(verdict.a.ids), len(verdict.b.ids))
 
 
 def read_prompts(config, tokenizer, context, principles):
@@ -231,8 +238,8 @@ def read_prompts(config, tokenizer, context, principles):
 
 
 def own_answers(model, tokenizer, prompts, n, config, generator):
-    """n answers to each prompt -> [(prompt, [texts])]. Where one is empty or did not end, the prompt
-    is left out."""
+    """n answers to each prompt -> [(prompt, [texts])]. Where one is empty or did not end, the
+    prompt is left out."""
     ids = [render_prompt(tokenizer, prompt.messages) for prompt in prompts]
     drawn = sample(model, tokenizer, ids, n, config.max_new, config.temperature,
                    generator=generator)
@@ -254,15 +261,17 @@ def compare(model, tokenizer, pairs, principles, config, generator):
         raise UserError("the model always gives the same answer twice: there is nothing to compare")
     prompts = [prompt.messages for prompt, a, b in pairs]
     drawn = [in_order(principles, config, generator)[0] for _ in pairs]
-    p = both_orders(model, tokenizer, prompts, [a for _, a, b in pairs], [b for _, a, b in pairs],
-                    drawn, config)
+    firsts = [a for prompt, a, b in pairs]
+    seconds = [b for prompt, a, b in pairs]
+    p = both_orders(model, tokenizer, prompts, firsts, seconds, drawn, config)
     verdicts = []
     for (prompt, a, b), p_a in zip(pairs, p.tolist()):
         line = prompt.row | {"chosen": a, "rejected": b, "p": p_a}
         if p_a < 0.5:
             line |= {"chosen": b, "rejected": a, "p": 1 - p_a}
-        verdicts.append(Verdict(render_answer(tokenizer, prompt.messages, a),
-                                render_answer(tokenizer, prompt.messages, b), p_a, line))
+        example_a = render_answer(tokenizer, prompt.messages, a)
+        example_b = render_answer(tokenizer, prompt.messages, b)
+        verdicts.append(Verdict(example_a, example_b, p_a, line))
     return verdicts
 
 
@@ -309,10 +318,10 @@ def show_loss(policy, reference, verdict, tokenizer, config):
     """The equation with the numbers of one verdict."""
     a, b = log_ratios(policy, reference, [verdict], tokenizer)  # (1,), (1,)
     h = config.beta * (a - b)
-    loss = soft_label_loss(h, torch.tensor([verdict.p], device=h.device))
-    config.say(f"one verdict: p = {verdict.p:.2f}, "
-               f"h = {config.beta:g} x ({a.item():.2f} - {b.item():.2f}) = {h.item():.3f}, "
-               f"loss {loss.item():.3f}")
+    p = torch.tensor([verdict.p], device=h.device)
+    loss = soft_label_loss(h, p)
+    numbers = f"{config.beta:g} x ({a.item():.2f} - {b.item():.2f}) = {h.item():.3f}"
+    config.say(f"one verdict: p = {verdict.p:.2f}, h = {numbers}, loss {loss.item():.3f}")
 
 
 def judged_better(teacher, policy, tokenizer, drafts, principles, config, generator):
@@ -322,8 +331,8 @@ def judged_better(teacher, policy, tokenizer, drafts, principles, config, genera
     new = respond(policy, tokenizer, prompts, max_new=config.max_new,
                   temperature=config.temperature, generator=generator)
     drawn = [in_order(principles, config, generator)[0] for _ in drafts]
-    p = both_orders(teacher, tokenizer, prompts, new, [draft.first for draft in drafts], drawn,
-                    config)
+    old = [draft.first for draft in drafts]
+    p = both_orders(teacher, tokenizer, prompts, new, old, drawn, config)
     return p.mean().item()
 
 
@@ -352,8 +361,10 @@ def train(config):
         before, old_answers = exam.exam(teacher, tokenizer, reference=teacher, seed=config.seed)
 
     # ---- SL-CAI: answer attacks, criticise, mend
-    answered = own_answers(teacher, tokenizer, red * config.answers, 1, config, generator)
-    drafts = [Draft(prompt, texts[0], texts[0]) for prompt, texts in answered]
+    drafts = []
+    red_twice = red * config.answers        # one answer a row: an endless one drops itself alone
+    for prompt, texts in own_answers(teacher, tokenizer, red_twice, 1, config, generator):
+        drafts.append(Draft(prompt, first=texts[0], text=texts[0]))
     improve(teacher, tokenizer, drafts, principles, config, generator)
     mended = [draft for draft in drafts if draft.flaws]
     for draft in mended[:1]:
@@ -405,7 +416,7 @@ def train(config):
     config.say("RLAIF: the teacher compares answers of the SL-CAI model")
     verdicts = compare(teacher, tokenizer, pairs, principles, config, generator)
     save_lines(config, "verdicts.jsonl", [verdict.line for verdict in verdicts])
-    lengths = [max(len(verdict.a.ids), len(verdict.b.ids)) for verdict in verdicts]
+    lengths = [longest(verdict) for verdict in verdicts]
     stream = batches(verdicts, lengths, config.batch, generator)
     show_loss(policy, reference, verdicts[0], tokenizer, config)
 
@@ -432,8 +443,8 @@ def train(config):
         # 5 log: the first loss is ln 2 = 0.6931; the judge's own doubt keeps it from 0.
         # agree: does the policy prefer what the judge prefers? At first it prefers nothing.
         loss, h, p = torch.cat(seen, dim=1)                     # (B,) each
-        agree = ((h > 0) == (p > 0.5)).float()
-        log(step, loss=loss.mean(), agree=agree.mean(), size_of_h=h.abs().mean())
+        agree = (h > 0) == (p > 0.5)
+        log(step, loss=loss.mean(), agree=agree.float().mean(), size_of_h=h.abs().mean())
     merge_lora(policy)
     if config.save:
         save(config.out, policy, tokenizer)

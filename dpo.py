@@ -73,7 +73,9 @@ def dpo(chosen, rejected, beta):
 # Mitchell 2023, a note on DPO with noisy preferences
 def cdpo(chosen, rejected, beta, noise):
     """Conservative: if a share e of labels is wrong, stop where sigma(beta (..)) is 1 - e."""
-    return (1 - noise) * dpo(chosen, rejected, beta) + noise * dpo(rejected, chosen, beta)
+    right = dpo(chosen, rejected, beta)
+    wrong = dpo(rejected, chosen, beta)
+    return (1 - noise) * right + noise * wrong
 
 
 # L = [(1 - e) dpo(chosen, rejected) - e dpo(rejected, chosen)] / (1 - 2 e)
@@ -103,21 +105,26 @@ def slic(chosen, rejected, beta):
 # D'Oosterlinck et al. 2024 (2408.06266), eq. 7
 def apo_zero(chosen, rejected, beta):
     """Winners up, losers down, each by itself: for winners that are better than the model."""
-    return 1 - torch.sigmoid(beta * chosen) + torch.sigmoid(beta * rejected)
+    up = torch.sigmoid(beta * chosen)
+    down = torch.sigmoid(beta * rejected)
+    return 1 - up + down
 
 
 # L = sigma(beta chosen) + 1 - sigma(beta (chosen - rejected))
 # the same paper, eq. 8
 def apo_down(chosen, rejected, beta):
     """Both down, losers further: for a model that is better than the winners."""
-    return torch.sigmoid(beta * chosen) + 1 - torch.sigmoid(beta * (chosen - rejected))
+    down = torch.sigmoid(beta * chosen)
+    apart = torch.sigmoid(beta * (chosen - rejected))
+    return down + 1 - apart
 
 
 # L = (chosen - 1 / (2 beta))^2 + (rejected + 1 / (2 beta))^2
 # SPPO: Wu et al. 2024 (2405.00675), eq. 4.7, with eta = 1 / beta, P = 1 for winners, 0 for losers
 def sppo(chosen, rejected, beta):
     """Chosen answers go to +1/(2 beta), rejected ones to -1/(2 beta)."""
-    return (chosen - 1 / (2 * beta)) ** 2 + (rejected + 1 / (2 * beta)) ** 2
+    goal = 1 / (2 * beta)
+    return (chosen - goal) ** 2 + (rejected + goal) ** 2
 
 
 # L = - log sigma(beta (chosen - rejected) - gamma)
@@ -131,7 +138,8 @@ def simpo(chosen, rejected, beta, gamma):
 # Hong et al. 2024 (2403.07691), eqs. 4, 6, 7, with p = exp(mean log-prob); no reference
 def orpo(chosen, rejected, odds):
     """SFT on the winner, and its odds against the loser's."""
-    return -chosen - odds * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
+    log_ratio = log_odds(chosen) - log_odds(rejected)
+    return -chosen - odds * F.logsigmoid(log_ratio)
 
 
 def log_odds(logp):
@@ -147,7 +155,8 @@ def kto(ratio, mismatched, good, beta, aversion):
     """For single answers, good or bad, of log-ratios r (B,). z is what they are compared with, the
     KL of pi and pi_ref, measured on answers to other prompts. It is not trained, or a batch could
     win by moving it. This loss has a loop of its own: lessons/kto.py."""
-    z = mismatched.mean().clamp(min=0).detach()
+    z = mismatched.mean().detach()
+    z = z.clamp(min=0)
     sigma = torch.sigmoid(beta * (ratio - z))                   # (B,)
     return torch.where(good, 1 - sigma, aversion * sigma)
 
@@ -192,6 +201,10 @@ class Pair(NamedTuple):
     row: dict                # its line of JSON
 
 
+def longest(pair):
+    return max(len(pair.chosen.ids), len(pair.rejected.ids))
+
+
 def read_pairs(config, tokenizer, context):
     """SEAM: your own format goes here. rows.read_pairs reads the usual ones, texts or messages; all
     that is needed of a line is a prompt and two texts. -> pairs to learn from, pairs held out"""
@@ -201,8 +214,9 @@ def read_pairs(config, tokenizer, context):
         rejected = render_answer(tokenizer, line.prompt, line.rejected)
         if config.flip:
             chosen, rejected = rejected, chosen
-        if max(len(chosen.ids), len(rejected.ids)) <= context:
-            pairs.append(Pair(chosen, rejected, line.row))
+        pair = Pair(chosen, rejected, line.row)
+        if longest(pair) <= context:
+            pairs.append(pair)
         else:
             long.append(line.where)
     if long and not config.drop:
@@ -248,7 +262,9 @@ def score_pairs(policy, reference, pairs, tokenizer, config):
 
 def share_ahead(chosen, rejected):
     """How often is the winner ahead? A tie is half."""
-    return ((chosen > rejected).float() + 0.5 * (chosen == rejected).float()).mean().item()
+    ahead = (chosen > rejected).float()
+    even = (chosen == rejected).float()
+    return (ahead + even / 2).mean().item()
 
 
 @torch.no_grad()
@@ -310,8 +326,9 @@ def train(config):
     optimizer = adamw(policy, config.lr)
 
     pairs, held = read_pairs(config, tokenizer, policy.config.max_len)
-    lengths = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
-    stream = batches(pairs, lengths, config.batch, torch.Generator().manual_seed(config.seed))
+    lengths = [longest(pair) for pair in pairs]
+    shuffle = torch.Generator().manual_seed(config.seed)
+    stream = batches(pairs, lengths, config.batch, shuffle)
 
     # BEFORE
     config.say(f"dpo: loss {config.loss}, from {config.init}, on {config.device}; "
@@ -338,8 +355,10 @@ def train(config):
         optimizer.zero_grad()
         # 5 log, in nats. DPO's first loss is ln 2 = 0.6931; chosen often falls, rejected further
         losses, chosen, rejected = torch.cat(seen, dim=1)       # of the whole batch
-        log(step, loss=losses.mean(), accuracy=share_ahead(chosen, rejected),
-            lead=(chosen - rejected).mean(), chosen=chosen.mean(), rejected=rejected.mean())
+        accuracy = share_ahead(chosen, rejected)
+        lead = (chosen - rejected).mean()
+        log(step, loss=losses.mean(), accuracy=accuracy, lead=lead, chosen=chosen.mean(),
+            rejected=rejected.mean())
     merge_lora(policy)
     if config.save:
         save(config.out, policy, tokenizer)

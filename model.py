@@ -22,7 +22,6 @@ import contextlib
 import ctypes
 import dataclasses
 import inspect
-import itertools
 import math
 import os
 import re
@@ -431,12 +430,15 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
     logps = logps[:, :T].masked_fill(~answer, 0.0)
     words = answer & (tokens != end)
     texts = []
-    for row, keep in zip(tokens.tolist(), words.tolist()):
-        texts.append(tokenizer.decode(list(itertools.compress(row, keep))).strip())
+    for row, keep in zip(tokens.cpu(), words.cpu()):
+        text = tokenizer.decode(row[keep].tolist())
+        texts.append(text.strip())
     tokens = tokens.masked_fill(~answer, blank)
-    return Samples(ids=torch.cat([ids, tokens], 1), mask=torch.cat([mask, answer], 1),
-                   answer=F.pad(answer, (P, 0)), logps=F.pad(logps, (P, 0)),
-                   ended=stops.any(1), texts=texts)
+    ids = torch.cat([ids, tokens], 1)                                       # (B, P+T)
+    mask = torch.cat([mask, answer], 1)
+    answer = F.pad(answer, (P, 0))
+    logps = F.pad(logps, (P, 0))
+    return Samples(ids, mask, answer, logps, ended=stops.any(1), texts=texts)
 
 
 def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, generator):
@@ -578,7 +580,7 @@ class Parser(argparse.ArgumentParser):
 def parse(Config, doc, argv=None):
     """Command-line flags -> a Config. The comment behind each field is its help."""
     comments = {}
-    for cls in (Settings, Config):
+    for cls in reversed(Config.__mro__[:-1]):         # all that it inherits from, but object
         comments |= dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.M))
     shared = {field.name for field in dataclasses.fields(Settings)}
     parser = Parser(description=doc.split("\n")[0], allow_abbrev=False, usage="%(prog)s [settings]")
@@ -766,14 +768,16 @@ class Log:
         self.rows = []
 
     def __call__(self, step, **numbers):
-        values = [float(number) for number in numbers.values()]
-        values = average(torch.tensor(values, dtype=torch.float64)).tolist()
-        row = {"step": step} | dict(zip(numbers, values))
+        values = torch.tensor([float(number) for number in numbers.values()], dtype=torch.float64)
+        values = average(values).tolist()
+        row = {"step": step}
+        row |= dict(zip(numbers, values))
         if not math.isfinite(row.get("loss", 0.0)):
             raise Diverged(f"step {step}: the loss is {row['loss']}")
         self.rows.append(row)
         every = math.ceil(self.config.steps / 19)
-        if not self.config.quiet and (step % every == 0 or step == self.config.steps - 1):
+        is_last = step == self.config.steps - 1
+        if not self.config.quiet and (step % every == 0 or is_last):
             self.show(row)
 
     def show(self, row):

@@ -1,13 +1,13 @@
 """Reinforcement learning from a reward model (RLHF): REINFORCE, RLOO and PPO.
 
 Four models. The policy pi answers. A reward model scores the whole answer. A frozen copy of where
-pi began, the reference, is the leash: what pi makes likelier than it did costs something. A critic
-V guesses, before each token is drawn, what is still to come, so that a token is credited with the
-surprise that it brought and not with all that happened. For an answer y_1 .. y_n to a prompt x:
+pi began, the reference, is the leash: to move away from it costs reward. A critic V guesses, before
+each token is drawn, what is still to come, so that a token is credited with the surprise that it
+brought and not with all that happened. For an answer y_1 .. y_n to a prompt x:
 
     r_t     = - beta [log pi(y_t | x, y_<t) - log ref(y_t | x, y_<t)],  and r(x, y) on top at y_n
     delta_t = r_t + gamma V_t+1 - V_t
-    A_t     = sum_k (gamma lambda)^k delta_t+k
+    A_t     = sum_k (gamma lambda)^k delta_t+k,  then whitened: mean 0 and deviation 1 in a batch
     rho_t   = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
     L       = - mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
 
@@ -23,13 +23,19 @@ batch the prompt has two tokens and the answer three; other prompts and answers 
     r          .      .     .    r_1   r_2       r_3         .      r_3 holds the score r(x, y)
     A          .      .     .    A_1   A_2       A_3         .      V_4 = 0, so A_3 = r_3 - V_3
 
-By hand: V = 0.5 0.6 0.8 and a reward of 1 at the end give delta = 0.1 0.2 0.2. With gamma 1 and
-lambda 0.95, A_3 = 0.2, A_2 = 0.2 + 0.95 A_3 = 0.39, A_1 = 0.1 + 0.95 A_2 = 0.47.
+By hand, where pi is the reference: V = 0.5 0.6 0.8 and a reward of 1 at the end give delta = 0.1
+0.2 0.2. With gamma 1 and lambda 0.95, A_3 = 0.2, A_2 = 0.2 + 0.95 A_3 = 0.39, A_1 = 0.1 + 0.95
+A_2 = 0.47.
 
-    python ppo.py                        out/sft and out/reward_model -> out/ppo
+    python ppo.py                        out/sft and out/reward_model -> out/ppo. The last line:
+                                         PASS gold 0.66 -> 0.90 (target 0.78)
     python ppo.py --algorithm rloo       or reinforce: the same loop with less in it, see ALGORITHMS
-    python ppo.py --beta 0 --steps 80    no leash: the score rises on and on, and gold turns over
+    python ppo.py --beta 0 --steps 80    no leash: the score rises on and on; gold peaks, then falls
     python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --out out/mine
+
+A line of mine.jsonl is {"prompt": "..."}, and JUDGE a folder that reward_model.py wrote. `score` is
+what the reward model says. `gold` is the truth, which our toy world knows: it is watched, and never
+trained on. On your prompts there is the score alone, or a score of your own (see SEAM).
 
 Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): no pretraining loss mixed in, no early
 stop of the epochs, critic and policy of one size. When to stop: python -m lessons.goodhart.
@@ -202,6 +208,8 @@ class Algorithm(NamedTuple):
     lr: float
 
 
+# All go through the same clipped loss. With --minibatch 64 a batch is one update, in which rho is
+# 1: then reinforce and rloo are what their papers say, to the letter.
 ALGORITHMS = {
     "reinforce": Algorithm(reinforce, (),               critic=False, group=1, epochs=1, lr=5e-4),
     "rloo":      Algorithm(rloo,      ("group",),       critic=False, group=4, epochs=1, lr=5e-4),
@@ -270,14 +278,15 @@ def draw_answers(policy, prompts, tokenizer, config, generator):
 
 def state_values(critic, ids, mask, answer):
     """V_t, what the critic says at the token before y_t: it must not see what is drawn. (B, T)"""
-    values = critic(ids, mask).roll(1, dims=1)                  # (B, T), column t - 1 moves to t
+    # column t - 1 moves to t; what comes round to column 0 is no answer's
+    values = critic(ids, mask).roll(1, dims=1)                  # (B, T)
     return values.masked_fill(~answer, 0.0)
 
 
 # ---------------------------------------------------------------- before and after
 
 def evaluate(policy, reference, score, prompts, world, tokenizer, config, against=None):
-    """-> report card, answers. Our world has an exam; of another, held-out prompts are asked."""
+    """-> report card, answers. Our toy world has an exam; elsewhere held-out prompts are asked."""
     if world:
         card, answers = exam.exam(policy, tokenizer, reference, against, config.seed)
     else:
@@ -397,10 +406,12 @@ def train(config, score=None):
                     if algorithm.critic:
                         V = state_values(critic, ids[at], mask[at], y)
                         loss = loss + value_loss(V, values[at], returns[at], y, config.eps)
-                    loss = loss * y.sum() / answer[minibatch].sum()  # its share of the tokens
+                    share = y.sum() / answer[minibatch].sum()   # of the minibatch's tokens
+                    loss = share * loss
                     loss.backward()
                     losses.append(loss.item())
-                    ratios.append((logps - old_logps[at])[y].exp().detach())
+                    log_rho = (logps - old_logps[at])[y].detach()
+                    ratios.append(log_rho.exp())
                 # 4 step
                 for model, optimizer in optimizers.items():
                     clip_gradients(model)
@@ -419,11 +430,12 @@ def train(config, score=None):
         watched = {}
         if world:
             watched["gold"] = gold_of(batch, samples)
+        explained = explained_variance(values, returns, answer)
+        length = answer.sum(1).float().mean()
+        ended = samples.ended.float().mean()
         log(step, score=scores.mean(), **watched, kl=kl, entropy=-old_logps[answer].mean(),
-            ratio=rho.mean(), clipped=clipped.float().mean(),
-            explained=explained_variance(values, returns, answer), k3=k3.sum(1).mean(), beta=beta,
-            length=answer.sum(1).float().mean(), ended=samples.ended.float().mean(),
-            loss=sum(losses) / updates)
+            ratio=rho.mean(), clipped=clipped.float().mean(), explained=explained,
+            k3=k3.sum(1).mean(), beta=beta, length=length, ended=ended, loss=sum(losses) / updates)
         if config.target_kl is not None:
             beta = adapt_beta(beta, kl, config.target_kl)
     merge_lora(policy)

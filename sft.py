@@ -159,7 +159,8 @@ def train(config):
     lines = rows.read_conversations(config.data)
     examples = to_examples(lines, tokenizer, model.config.max_len, config)
     examples, held = hold_out(examples, most=40)
-    lengths = [len(example.ids) for example in examples]
+    # coarse lengths: batches of short answers alone would give their tokens too much weight
+    lengths = [1 + len(example.ids) // 40 for example in examples]
     stream = batches(examples, lengths, config.batch, torch.Generator().manual_seed(config.seed))
     add_lora(model, config.lora)
     optimizer = adamw(model, config.lr)
@@ -167,7 +168,10 @@ def train(config):
     # BEFORE
     config.say(f"sft: from {config.init}, on {config.device}; {len(examples):,} conversations, "
                f"{len(held)} more are held out")
-    shortest = examples[lengths.index(min(lengths))]
+    shortest = examples[0]
+    for example in examples:
+        if len(example.ids) < len(shortest.ids):
+            shortest = example
     show_example(model, shortest, tokenizer, config, before=20)
     before, old_answers = evaluate(model, held, tokenizer, config)
 
@@ -189,7 +193,7 @@ def train(config):
         clip_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log: the loss is jumpy, as a batch holds rows of similar length; compare held_out
+        # 5 log: batches differ, so the loss is jumpy; compare held_out on the two cards
         log(step, loss=total, targets=count)
     merge_lora(model)
     if config.save:

@@ -1024,7 +1024,7 @@ def test_cut_keeps_the_beginning_of_a_long_row():
 
 
 def test_a_prompt_that_fills_the_context_is_an_error():
-    with pytest.raises(M.UserError, match="mine.jsonl:1.*prompt"):
+    with pytest.raises(M.UserError, match="mine.jsonl:1.*no answer"):
         to_examples(chat("Well. " * 20, "Yes."), context=30, cut=True)
 
 
@@ -1926,7 +1926,7 @@ def test_gae_by_hand():
 
 @pytest.mark.parametrize("words", ["delta = 0.1 0.2 0.2", "A_3 = 0.2,", "0.95 A_3 = 0.39", "A_2 = 0.47"])
 def test_the_docstring_says_so(words):
-    assert words in ppo.__doc__
+    assert words in " ".join(ppo.__doc__.split())
 
 
 def rollout(seed=0, B=7, T=11, spread=0.3):
@@ -2814,7 +2814,7 @@ def test_grpo_clip_by_hand():
     rho = torch.tensor([[1.5]])
     J = grpo.clipped(rho, A, None, 0.2, 0.2)
     assert J.item() == pytest.approx(0.984)
-    assert "min(1.5 x\n0.82, 1.2 x 0.82) = 0.98" in grpo.__doc__
+    assert "min(1.5 x 0.82, 1.2 x 0.82) = 0.98" in " ".join(grpo.__doc__.split())
 
 
 def test_grpo_advantages_without_the_deviation():

@@ -1390,8 +1390,8 @@ def test_the_rounds_by_hand(four_drafts):
 
 
 def test_an_answer_after_so_many_rounds():
-    draft = draft_after("a", ("p", "x", "b"), ("p", "x", ""), ("p", "x", "d"))
-    assert [constitution.text_after(draft, r) for r in range(5)] == ["a", "b", "b", "d", "d"]
+    draft = draft_after("a", ("p", "x", "b"), ("p", "x", "c"))
+    assert [constitution.text_after(draft, r) for r in range(4)] == ["a", "b", "c", "c"]
 
 
 def verdict_of(chosen, rejected):
