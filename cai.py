@@ -86,10 +86,10 @@ def soft_label_loss(h, p):
     return -p * F.logsigmoid(h) - (1 - p) * F.logsigmoid(-h)
 
 
-# ---------------------------------------------------------------- critique, revise, judge SEAM:
-# how to ask depends on the model. Ours has read people argue on the web in the words of CRITIQUE,
-# REVISE and COMPARE (data/studybuddy.py). A critique that begins with one of NOTHING finds no
-# flaw; a model that says it otherwise needs other words here.
+# ---------------------------------------------------------------- critique, revise, judge
+# SEAM: how to ask depends on the model. Ours has read people argue on the web in the words of
+# CRITIQUE, REVISE and COMPARE (data/studybuddy.py). A critique that begins with one of NOTHING
+# finds no flaw; a model that says it otherwise needs other words here.
 
 NOTHING = tuple(CRITIQUES[None])
 

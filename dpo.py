@@ -43,7 +43,7 @@ from model import (Example, Log, Settings, UserError, adamw, add_lora, batches, 
 class Config(Settings):
     data: str = "data/preferences.jsonl"  # JSON lines with "prompt", "chosen" and "rejected"
     out: str = "out/dpo"      # write here
-    steps: int = 110          # optimiser steps
+    steps: int = 130          # optimiser steps
     batch: int = 32           # pairs a step
     lr: float = None          # peak learning rate (default: the loss's own, see LOSSES)
     loss: str = "dpo"         # one of the table LOSSES: dpo, ipo, simpo, ...
