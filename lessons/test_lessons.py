@@ -1061,9 +1061,10 @@ def test_a_step_of_kto_written_out_by_hand(lesson_files):
         assert torch.allclose(now[sure], want[sure], atol=1e-5)
 
 
-def test_the_second_loss_of_kto_by_hand(lesson_files):
-    """Its z is the mean log-ratio of the mismatched answers, or 0."""
-    config = lesson_config(kto.Config, lesson_files, steps=2, lr=0.1)
+@pytest.mark.parametrize("lr, aversion, risen", [(0.1, 1.0, False), (0.03, 0.1, True)])
+def test_the_second_loss_of_kto_by_hand(lesson_files, lr, aversion, risen):
+    """Its z is the mean log-ratio of the mismatched answers, or 0 where they have fallen."""
+    config = lesson_config(kto.Config, lesson_files, steps=2, lr=lr, aversion=aversion)
     reference, (_, batch) = kto_batches(config, 2)
     policy = kto.train(replace(config, steps=1))["model"]       # the first step is the same
     moved = [logp_by_loop(policy, t.mismatched) - logp_by_loop(reference, t.mismatched) for t in batch]
@@ -1071,9 +1072,10 @@ def test_the_second_loss_of_kto_by_hand(lesson_files):
     losses = []
     for thumb in batch:
         r = (logp_by_loop(policy, thumb.judged) - logp_by_loop(reference, thumb.judged)).item()
-        sign = 1 if thumb.good else -1
-        losses.append(1 - 1 / (1 + math.exp(-sign * config.beta * (r - z))))
+        sigma = 1 / (1 + math.exp(-config.beta * (r - z)))
+        losses.append(1 - sigma if thumb.good else aversion * sigma)
     row = kto.train(config)["log"][1]
+    assert (z > 0.1) == risen
     assert row["z"] == pytest.approx(z, abs=1e-3)
     assert row["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-3)
 
