@@ -8,14 +8,17 @@ goes on after a question with an answer, a good one or a bad one, as they come.
     L(theta) = - 1/N sum_it log pi_theta(y_it | y_i,<t)     rows i, positions t, N targets a batch
 
 By hand: a fresh network knows nothing, so each of the 1,024 tokens gets about 1/1024, and the first
-loss is ln 1024 = 6.931. At 0.50 the right token gets exp(-0.50) = 0.61, in the geometric mean.
+loss is ln 1024 = 6.931. At 0.39 the right token gets exp(-0.39) = 0.68, in the geometric mean.
 
     python -m data.base                    -> out/base, in 11 minutes on two cores
     python -m data.base --minutes 3        the same schedule with fewer steps
     python -m data.base --data mine.txt    your own text, with an empty line between documents
 
-The matrices of the blocks learn by Muon (Jordan et al. 2024), the rest by AdamW. In a prototype, a
-model worked out 9 of 10 sums after 200 steps of Muon, and 2 of 10 after 200 of AdamW alone.
+The matrices of the blocks learn by Muon (Jordan et al. 2024), the rest by AdamW. In a prototype of
+the arithmetic, 200 steps of Muon brought 9 of 10 sums right, and 200 steps of AdamW alone 2 of 10.
+
+Skills come late. data/base has a held-out loss of 0.39, and of the exam's sums that it begins to
+work out, 97 of 100 come right. A run that left out 5,000 of the 8,800 steps ended at 0.45, with 26.
 
 Simplified: one reading, no weight decay, documents in rows of their own and not end to end.
 Try next: AdamW for all (in optimizers); --documents 2000, which are learned by heart.
@@ -235,6 +238,7 @@ def train(config):
             optimizer.zero_grad()
         # 5 log
         log(step, loss=total, tokens=count)
+    config.say(f"{len(log.rows):,} of {config.steps:,} steps were made")
     if config.save:
         save(config.out, model, tokenizer, torch.float16)
 

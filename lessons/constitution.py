@@ -10,7 +10,7 @@ our world, and ask of a run:
     the rounds     How many bad answers are good now, and how many attacks still succeed?
     the verdicts   How often is the judge's label true, in one order and in both? And annotators'?
 
-    python -m lessons.constitution                       by data/constitution.json
+    python -m lessons.constitution                       by data/constitution.json, 90 seconds
     python -m lessons.constitution --constitution data/constitution_vague.json
     python -m lessons.constitution --constitution data/constitution_conflict.json --order first
     python -m lessons.constitution --constitution data/constitution_gap.json

@@ -11,7 +11,7 @@ By hand: every run starts at r = z = 0, where both losses are 1/2. A good answer
 likely as it was (r = 1) has, at beta 0.5, a loss of 1 - sigma(0.5) = 0.378. Where all answers have
 risen as much, z is 1 as well, and the loss is 1/2 again.
 
-    python -m lessons.kto                       out/sft -> out/kto; the pairs are taken apart
+    python -m lessons.kto                       out/sft -> out/kto, in a minute: pairs taken apart
     python -m lessons.kto --data thumbs.jsonl   {"prompt": ..., "completion": ..., "label": true}
 
 The loss stands in dpo.py. This is its loop, which differs from DPO's in what a batch is.

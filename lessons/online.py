@@ -12,9 +12,11 @@ step, or in a few rounds, between which they grow stale. Offline, online, and wh
 
 The loss is dpo.py's, and so is the loop. What differs is where a batch comes from.
 
-    python -m lessons.online                 all three: a table of gold, and what it cost in KL
-    python -m lessons.online --rounds 3      only so many rounds (110: one a step), -> out/online
+    python -m lessons.online                 all three in five minutes: gold, and what it cost in KL
+    python -m lessons.online --rounds 3      two minutes: only so many rounds (110: one a step)
 
+What to see: online, gold rises further than offline, and so does flattery: the reward model has
+learned from annotators who like it, and the policy now asks that judge instead of a file.
 Simplified: the reference stays where it began (iterative DPO and SPPO move it).
 Try next: --judge with a judge that likes flattery, and read the answers.
 """
@@ -133,10 +135,11 @@ def learn(config, score):
 
 def offline(config):
     """dpo.py on the pairs of the file, with the settings of this run. -> report card"""
-    result = dpo.train(dpo.Config(init=config.init, data=config.data, steps=config.steps,
-                                  batch=config.batch, accumulate=config.accumulate, lr=config.lr,
-                                  lora=config.lora, beta=config.beta, seed=config.seed,
-                                  device=config.device, bf16=config.bf16, save=False, quiet=True))
+    settings = {}
+    for name in ("init", "data", "steps", "batch", "accumulate", "lr", "lora", "beta", "seed",
+                 "device", "bf16"):
+        settings[name] = getattr(config, name)
+    result = dpo.train(dpo.Config(**settings, save=False, quiet=True))
     return result["after"]
 
 
@@ -172,7 +175,7 @@ def train(config, score=None):
     config.say("                  gold        kl  flattery    length")
     for name, card in cards.items():
         numbers = "{gold:10.2f}{kl:10.2f}{flattery:10.2f}{length:10.2f}".format(**card)
-        config.say(f"{name:12}{numbers}")
+        config.say(f"{name:12}{numbers}".replace("-0.00", " 0.00"))
     return {"cards": cards, "before": before, "after": cards[name], "model": policy,
             "tokenizer": tokenizer, "log": log.rows}
 
