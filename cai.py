@@ -43,9 +43,10 @@ import torch.nn.functional as F
 from data import exam, rows
 from data.checkpoints import load, save, write_files
 from data.studybuddy import COMPARE, CRITIQUE, CRITIQUES, REVISE, flat
-from model import (PAD, Example, Log, Settings, UserError, adamw, add_lora, average, batches, begin,
-                   clip_gradients, collate, main, merge_lora, need, pad, parts, render_answer,
-                   render_prompt, respond, sample, special, steps, token_logps)
+from data.run import (Log, Settings, adamw, add_lora, average, batches, begin, clip_gradients, main,
+                      merge_lora, need, parts, steps)
+from model import (PAD, Example, UserError, collate, pad, render_answer, render_prompt, respond,
+                   sample, special, token_logps)
 
 
 @dataclass(frozen=True)

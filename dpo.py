@@ -34,9 +34,9 @@ import torch.nn.functional as F
 
 from data import exam, rows
 from data.checkpoints import load, save
-from model import (Example, Log, Settings, UserError, adamw, add_lora, batches, begin,
-                   clip_gradients, collate, hold_out, main, merge_lora, need, parts, render_answer,
-                   steps, token_logps)
+from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, hold_out,
+                      main, merge_lora, need, parts, steps)
+from model import Example, UserError, collate, render_answer, token_logps
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,9 @@ import torch
 
 from data import exam, rows
 from data.checkpoints import load, save
-from model import (RANK, Log, Settings, UserError, adamw, add_lora, batches, begin, clip_gradients,
-                   hold_out, main, merge_lora, need, parts, render_prompt, sample, steps,
-                   token_logps)
+from data.run import (RANK, Log, Settings, adamw, add_lora, batches, begin, clip_gradients,
+                      hold_out, main, merge_lora, need, parts, steps)
+from model import UserError, render_prompt, sample, token_logps
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The network that all scripts share, and, below a line, how a script runs.
+"""The network that all scripts share, the chat format, log-probs and sampling.
 
 It is Llama's network, and so SmolLM2's, Qwen2.5's and TinyLlama's. Tokens become vectors x. Each
 layer adds to them what attention gathers from earlier tokens, then what an MLP computes from each
@@ -13,30 +13,20 @@ Left out: dropout (an answer must be as likely in training as it was when sample
 architecture.
 
     python model.py out/sft out/dpo          talk to trained models, side by side
-
-The first half, the network, is meant to be read through. The second, from "how a script runs" on,
-is for whoever changes that.
 """
-import argparse
-import contextlib
-import ctypes
 import dataclasses
-import inspect
 import math
-import os
-import re
-import shlex
-import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
+
+class UserError(Exception):
+    """Bad input: data/run.py prints its one line and exits 2."""
+
 
 # ---------------------------------------------------------------- the network
 # B batch, T time, C channels, V vocabulary; H query heads, K key heads, D channels of a head;
@@ -190,6 +180,14 @@ class Block(nn.Module):
         x = x + self.attention(self.norm1(x), cos, sin, allowed, cache)
         x = x + self.mlp(self.norm2(x))
         return x
+
+
+BF16 = {"cuda"}              # devices whose products are in bfloat16
+
+
+def low_precision(device):
+    """Only the blocks compute in bfloat16. Weights, gradients, logits and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
 
 
 class Transformer(nn.Module):
@@ -495,384 +493,9 @@ def respond(model, tokenizer, conversations, **settings):
     return sample(model, tokenizer, prompts, **settings).texts
 
 
-# ================================================================ how a script runs
-#
-#     @dataclass(frozen=True)
-#     class Config(Settings):
-#         beta: float = 0.1                           # what --help says of it
-#
-#     def train(config):
-#         started = begin(config)
-#         model, tokenizer = load(config.init)        # data/checkpoints.py
-#         optimizer = adamw(model, config.lr)
-#         stream = batches(rows, lengths, config.batch, generator)
-#         log = Log(config)
-#         for step in steps(config, optimizer):
-#             batch = next(stream)
-#             for part in parts(batch, config.accumulate):
-#                 (loss_of(part).sum() / len(batch)).backward()
-#             clip_gradients(model)
-#             optimizer.step()
-#             optimizer.zero_grad()
-#             log(step, loss=...)
-#         save(config.out, model, tokenizer)
-#
-#     if __name__ == "__main__":
-#         main(Config, train, __doc__)
-
-if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-    # glibc gives large tensors back to the kernel, and the next one pays a page fault every 4 kB
-    M_MMAP_THRESHOLD, M_TRIM_THRESHOLD = -3, -1
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 32 << 20)
-    ctypes.CDLL(None).mallopt(M_TRIM_THRESHOLD, 1 << 30)
-
-
-class UserError(Exception):
-    """Bad input: main() prints its one line and exits 2."""
-
-
-class Diverged(Exception):
-    """Training had to stop, for instance at a loss of nan: main() exits 1."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What every script can be told. A script's Config adds its own, and changes some defaults."""
-    init: str = "out/sft"        # start from this model folder
-    data: str = ""               # learn from these JSON lines
-    out: str = ""                # write here
-    steps: int = 100             # optimiser steps
-    batch: int = 32              # rows a step
-    accumulate: int = 1          # pieces that a batch is cut into, to save memory
-    lr: float = 1e-3             # peak learning rate
-    lora: int = 0                # train adapters of this rank (0: train the weights)
-    seed: int = 0                # same seed, same machine: same numbers
-    device: str = "cpu"          # cpu, cuda or mps
-    bf16: bool = False           # products in bfloat16, as on any GPU; some processors have it
-    save: bool = True            # write the checkpoint and the results
-    quiet: bool = False          # print nothing
-
-    # allowed ranges; any other number is at least 0. A Config adds: limits = Settings.limits | {..}
-    limits = {"steps": (1, 10**9), "batch": (1, 10**6), "accumulate": (1, 10**6),
-              "seed": (0, 2**63 - 1), "lora": (0, 10**4)}
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            least, most = self.limits.get(field.name, (0, math.inf))
-            if isinstance(value, str) or value is None:
-                continue
-            if not (least <= value <= most and math.isfinite(value)):
-                upto = "" if most == math.inf else f" and at most {most}"
-                flag = field.name.replace("_", "-")
-                raise UserError(f"--{flag} {value}: want a number of at least {least}{upto}")
-
-    def say(self, text=""):
-        if not self.quiet:
-            print(text, flush=True)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
-def parse(Config, doc, argv=None):
-    """Command-line flags -> a Config. The comment behind each field is its help."""
-    comments = {}
-    for cls in reversed(Config.__mro__[:-1]):         # all that it inherits from, but object
-        comments |= dict(re.findall(r"^ +(\w+):.*?# *(.*)$", inspect.getsource(cls), re.M))
-    shared = {field.name for field in dataclasses.fields(Settings)}
-    parser = Parser(description=doc.split("\n")[0], allow_abbrev=False, usage="%(prog)s [settings]")
-    own = parser.add_argument_group("its own settings")
-    common = parser.add_argument_group("settings of every script")
-    for field in dataclasses.fields(Config):
-        group = common if field.name in shared else own
-        text = comments.get(field.name, "")
-        if field.default not in (None, ""):
-            text += f" ({field.default})"
-        names = dict.fromkeys(["--" + field.name.replace("_", "-"), "--" + field.name])
-        kind = {"type": field.type, "metavar": field.type.__name__.upper()}
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(*names, default=field.default, help=text.replace("%", "%%"), **kind)
-    return Config(**vars(parser.parse_args(argv)))
-
-
-def main(Config, train, doc):
-    with exit_codes():
-        config = parse(Config, doc)
-        if PROCESSES > 1:
-            config = meet(config)
-        train(config)
-        if PROCESSES > 1:
-            torch.distributed.destroy_process_group()
-
-
-@contextlib.contextmanager
-def exit_codes():
-    """2 for bad input, 1 for a run that had to stop, 130 for Ctrl-C outside of a loop."""
-    try:
-        yield
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (KeyboardInterrupt, EOFError):
-        print("\ninterrupted", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:             # python dpo.py | head -3
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-
-
-def begin(config):
-    """The first line of every train(): seeds, and makes sure that --out can be written, before any
-    work is done. -> the time, to tell later how long it took"""
-    torch.manual_seed(config.seed)
-    BF16.discard("cpu")
-    if config.bf16:
-        BF16.add("cpu")
-        if config.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            config.say("--bf16: this processor has no instructions for it, so it will be slow")
-    if config.save:
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-            with open(Path(config.out, ".can-be-written"), "w"):
-                pass
-            os.remove(Path(config.out, ".can-be-written"))
-        except OSError as error:
-            raise UserError(f"--out {config.out}: cannot write there ({error.strerror})") from None
-    return time.time()
-
-
-BF16 = {"cuda"}              # devices whose products are in bfloat16
-
-
-def low_precision(device):
-    """Only the blocks compute in bfloat16. Weights, gradients, logits and losses stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in BF16)
-
-
-def need(folder, command, seconds):
-    """Where the default checkpoint of an earlier stage is missing, run that stage as a program."""
-    script, *flags = shlex.split(command)[1:]
-    is_default = Path(folder) == Path("out", Path(script).stem)  # else load() will complain
-    is_there = Path(folder, "config.json").exists()
-    if is_default and not is_there and RANK == 0:
-        print(f'{folder} not found: running "{command}" first, about {seconds} seconds', flush=True)
-        alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
-        program = [sys.executable, Path(__file__).parent / script, *flags]
-        if subprocess.run(program, env=alone).returncode != 0:
-            raise UserError(f'"{command}" failed')
-    average(0.0)                                  # other processes wait here for the first
-
-
-# ---------------------------------------------------------------- the parts of a loop
-
-def batches(rows, lengths, size, generator):
-    """Endless batches of `size` rows. Rows of similar length go together, so that little is
-    padding, and noise mixes them a little; without lengths all are mixed. What fills no batch is
-    left out of this round."""
-    size = min(size * PROCESSES, len(rows) // PROCESSES * PROCESSES)  # of all processes together
-    if size == 0:
-        raise UserError(f"{len(rows)} rows are too few for {PROCESSES} processes")
-    while True:
-        order = torch.randperm(len(rows), generator=generator)
-        order = order[:len(rows) // size * size]
-        if lengths is not None:
-            noise = 1 + 0.1 * torch.rand(len(order), generator=generator)
-            order = order[(torch.tensor(lengths)[order] * noise).argsort()]
-        groups = order.view(-1, size)                           # (batches, size)
-        for g in torch.randperm(len(groups), generator=generator):
-            yield [rows[i] for i in groups[g][RANK::PROCESSES]]
-
-
-def hold_out(rows, most=128):
-    """Every k-th row is held out: a quarter of few rows, about `most` of many. -> rows to learn
-    from, rows held out"""
-    if len(rows) < 2:
-        raise UserError(f"{len(rows)} rows: want at least 2, as one is held out")
-    every = max(2, min(len(rows), max(4, len(rows) // most)))
-    train = [row for i, row in enumerate(rows) if i % every != 0]
-    return train, rows[::every]
-
-
-def parts(rows, n):
-    """Rows in at most n lists, to go through the network one after the other. Divide each part's
-    summed loss by the number of all rows: then the gradients add up to those of the batch."""
-    size = math.ceil(len(rows) / n)
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
-
-
-def adamw(model, lr):
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-
-
-def schedule(step, steps, warmup=10):
-    """The learning rate's factor: up in a few steps, then down to 0 in a straight line."""
-    return min((step + 1) / warmup, 1 - step / steps)
-
-
-def steps(config, *optimizers):
-    """for step in steps(config, optimizer): sets the learning rate and shows the time left.
-    Ctrl-C finishes this step and ends the loop, so that the script goes on to save; a second one
-    aborts."""
-    start = time.time()
-    stop = []
-    old = signal.getsignal(signal.SIGINT)
-
-    def interrupt(number, frame):
-        signal.signal(signal.SIGINT, old)
-        stop.append(True)
-
-    with contextlib.suppress(ValueError):         # only the main thread may listen
-        signal.signal(signal.SIGINT, interrupt)
-    try:
-        for step in range(config.steps):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = optimizer.defaults["lr"] * schedule(step, config.steps)
-            yield step
-            if average(float(len(stop))) > 0:     # all processes leave together
-                config.say(f"\nstopped at step {step + 1} of {config.steps}; going on with it")
-                return
-            left = (time.time() - start) / (step + 1) * (config.steps - step - 1)
-            if sys.stdout.isatty() and not config.quiet:
-                print(f"\r{step + 1:5} of {config.steps}, {left:.0f} s left ", end="", flush=True)
-    finally:
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGINT, old)
-        if sys.stdout.isatty() and not config.quiet:
-            print("\r\x1b[K", end="", flush=True)
-
-
-def clip_gradients(model):
-    """Gradients become their mean over all processes, and no longer than 1. -> their length"""
-    for p in model.parameters():
-        if PROCESSES > 1 and p.requires_grad:
-            gradient = torch.zeros_like(p) if p.grad is None else p.grad
-            p.grad = average(gradient)
-    return nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-
-class Log:
-    """Keeps every step's numbers in rows, and prints at most 20 lines of the first 7. A loss that
-    is not finite stops the run."""
-
-    def __init__(self, config):
-        self.config = config
-        self.rows = []
-
-    def __call__(self, step, **numbers):
-        values = torch.tensor([float(number) for number in numbers.values()], dtype=torch.float64)
-        values = average(values).tolist()
-        row = {"step": step}
-        row |= dict(zip(numbers, values))
-        if not math.isfinite(row.get("loss", 0.0)):
-            raise Diverged(f"step {step}: the loss is {row['loss']}")
-        self.rows.append(row)
-        every = math.ceil(self.config.steps / 19)
-        is_last = step == self.config.steps - 1
-        if not self.config.quiet and (step % every == 0 or is_last):
-            self.show(row)
-
-    def show(self, row):
-        names = list(row)[1:8]
-        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-        if len(self.rows) == 1:
-            print(f"{clear} step" + "".join(f"{name[:9]:>10}" for name in names))
-        line = f"{clear}{row['step']:5}"
-        for name in names:
-            decimals = 4 if abs(row[name]) < 100 else 1
-            line += f"{row[name]:10.{decimals}f}"
-        print(line, flush=True)
-
-
-# ---------------------------------------------------------------- adapters
-
-class LoRA(nn.Module):
-    """Hu et al. 2021 (2106.09685): W + 2 B A. W is frozen, A (rank, in) random, B (out, rank) 0, so
-    that nothing changes before the first step."""
-
-    def __init__(self, W, rank):
-        super().__init__()
-        rows, columns = W.shape
-        self.A = nn.Parameter(W.new_empty(rank, columns).normal_() / math.sqrt(columns))
-        self.B = nn.Parameter(W.new_zeros(rows, rank))
-
-    def forward(self, W):
-        return W + 2 * self.B @ self.A
-
-
-def add_lora(model, rank):
-    """Freeze all but a new scalar head, and give every matrix of the blocks an adapter."""
-    if rank == 0:
-        return
-    if rank > model.config.d_model:
-        raise UserError(f"--lora {rank}: want at most the model's width, {model.config.d_model}")
-    for name, p in model.named_parameters():
-        p.requires_grad_(name == "score.weight")
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and "blocks." in name:
-            parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank))
-
-
-def merge_lora(model):
-    """W becomes W + 2 B A: an ordinary model again, which can be saved."""
-    for module in list(model.modules()):
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight")
-    model.requires_grad_(True)
-
-
-# ---------------------------------------------------------------- more processes
-#     torchrun --nproc_per_node=2 dpo.py
-# Each process takes --batch rows of its own, and all learn from the
-# mean of their gradients, so two with --batch 32 are one with --batch 64. In RL each has its own
-# prompts and random numbers, and means over a batch (whitening, baselines) are over its own. Only
-# the first one prints and writes.
-
-RANK = int(os.environ.get("RANK", 0))
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-
-
-def meet(config):
-    """Join the other processes. -> a Config with which only the first one prints and writes"""
-    backend = "gloo"
-    if config.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "cpu:gloo,cuda:nccl"
-    torch.distributed.init_process_group(backend)
-    if RANK == 0:
-        return config
-    sys.stdout = open(os.devnull, "w")
-    return dataclasses.replace(config, save=False)
-
-
-def portion(rows):
-    """This process's share of the rows."""
-    if len(rows) < PROCESSES:
-        raise UserError(f"{len(rows)} rows are too few for {PROCESSES} processes")
-    return rows[RANK::PROCESSES]
-
-
-def average(x):
-    """A number or a tensor of floats -> its mean over all processes (a tensor changes in place)."""
-    x = torch.as_tensor(x)
-    if PROCESSES > 1:
-        torch.distributed.all_reduce(x)
-        x /= PROCESSES
-    return x
-
-
 # ---------------------------------------------------------------- the chat
 
 def chat(folders):
-    from data.checkpoints import load
     models = {folder: load(folder) for folder in folders}
     histories = {folder: [] for folder in folders}
     while text := input("you> "):                 # an empty line ends it
@@ -885,9 +508,11 @@ def chat(folders):
 
 
 if __name__ == "__main__":
-    import model        # data/ raises model.UserError; that of __main__ would be another class
-    with model.exit_codes():
+    # what data/ raises is model.UserError; UserError of __main__ would be another class
+    from data.checkpoints import load
+    from data.run import exit_codes
+    with exit_codes():
         if len(sys.argv) == 1 or "--help" in sys.argv:
             print(__doc__)
         else:
-            model.chat(sys.argv[1:])
+            chat(sys.argv[1:])

@@ -50,9 +50,10 @@ import torch
 from data import exam, rows
 from data.checkpoints import load, load_scalar, save
 from data.studybuddy import judge
-from model import (RANK, Log, ScalarModel, Settings, UserError, adamw, add_lora, average, batches,
-                   begin, clip_gradients, collate, end_scores, hold_out, main, merge_lora, need,
-                   parts, render_answer, render_prompt, sample, steps, token_logps)
+from data.run import (RANK, Log, Settings, adamw, add_lora, average, batches, begin, clip_gradients,
+                      hold_out, main, merge_lora, need, parts, steps)
+from model import (ScalarModel, UserError, collate, end_scores, render_answer, render_prompt,
+                   sample, token_logps)
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ import torch.nn.functional as F
 
 from data import exam, rows, studybuddy
 from data.checkpoints import load, save
-from model import (Log, ScalarModel, Settings, UserError, adamw, add_lora, batches, begin,
-                   clip_gradients, collate, end_scores, main, merge_lora, need, parts,
-                   render_answer, steps)
+from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
+                      merge_lora, need, parts, steps)
+from model import ScalarModel, UserError, collate, end_scores, render_answer
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ import torch
 
 from data import exam, rows
 from data.checkpoints import load, save
-from model import (Example, Log, Settings, UserError, adamw, add_lora, average, batches, begin,
-                   clip_gradients, collate, hold_out, main, merge_lora, parts, render, steps)
+from data.run import (Log, Settings, adamw, add_lora, average, batches, begin, clip_gradients,
+                      hold_out, main, merge_lora, parts, steps)
+from model import Example, UserError, collate, render
 
 
 @dataclass(frozen=True)

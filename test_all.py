@@ -32,6 +32,7 @@ import torch.nn.functional as F
 import cai
 import dpo
 import grpo
+from data import run as house
 import model as M
 import ppo
 import reward_model as R
@@ -564,18 +565,18 @@ def test_respond_answers_each_conversation(tok):
 # how a script runs: the parts of a loop
 
 @dataclass(frozen=True)
-class Config(M.Settings):
+class Config(house.Settings):
     steps: int = 80             # optimiser steps
     lr: float = None            # peak learning rate (default: by lot)
     beta: float = 0.1           # strength of the KL penalty, 50% of it
     max_new: int = 8            # longest answer
     out: str = "out/x"          # write here
 
-    limits = M.Settings.limits | {"beta": (0, 0.5)}
+    limits = house.Settings.limits | {"beta": (0, 0.5)}
 
 
 def stream_of(lengths, size, seed=0):
-    return M.batches(list(range(len(lengths))), lengths, size, torch.Generator().manual_seed(seed))
+    return house.batches(list(range(len(lengths))), lengths, size, torch.Generator().manual_seed(seed))
 
 
 def test_batches_visit_every_row_once_a_round():
@@ -610,24 +611,24 @@ def test_few_rows_are_one_batch():
 
 
 def test_parts_are_the_whole_in_order():
-    assert M.parts([1, 2, 3, 4, 5], 2) == [[1, 2, 3], [4, 5]]
-    assert M.parts([1, 2], 5) == [[1], [2]]
+    assert house.parts([1, 2, 3, 4, 5], 2) == [[1, 2, 3], [4, 5]]
+    assert house.parts([1, 2], 5) == [[1], [2]]
 
 
 @pytest.mark.parametrize("count, held_out", [(2, 1), (3, 1), (90, 23), (512, 128), (6000, 131)])
 def test_hold_out(count, held_out):
-    train, held = M.hold_out(list(range(count)))
+    train, held = house.hold_out(list(range(count)))
     assert len(held) == held_out
     assert sorted(train + held) == list(range(count))
 
 
 def test_one_row_is_too_few_to_hold_out():
     with pytest.raises(M.UserError, match="at least 2"):
-        M.hold_out([1])
+        house.hold_out([1])
 
 
 def test_schedule():
-    factors = [M.schedule(i, 100) for i in range(100)]
+    factors = [house.schedule(i, 100) for i in range(100)]
     assert factors[:10] == [pytest.approx(min((i + 1) / 10, 1 - i / 100)) for i in range(10)]
     assert factors[50] == pytest.approx(0.5) and factors[99] == pytest.approx(0.01)
 
@@ -636,15 +637,15 @@ def test_steps_set_the_learning_rate_of_every_optimizer():
     parameters = [torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(2)]
     optimizers = [torch.optim.SGD([parameters[0]], lr=1.0), torch.optim.SGD([parameters[1]], lr=0.5)]
     rates = []
-    for step in M.steps(Config(steps=20, quiet=True), *optimizers):
+    for step in house.steps(Config(steps=20, quiet=True), *optimizers):
         rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
-    factors = [M.schedule(i, 20) for i in range(20)]
+    factors = [house.schedule(i, 20) for i in range(20)]
     assert rates == [[pytest.approx(factor), pytest.approx(factor / 2)] for factor in factors]
 
 
 def test_ctrl_c_ends_the_loop_after_this_step(capsys):
     seen = []
-    for step in M.steps(Config(steps=9)):
+    for step in house.steps(Config(steps=9)):
         if step == 3:
             signal.raise_signal(signal.SIGINT)
         seen.append(step)
@@ -655,7 +656,7 @@ def test_ctrl_c_ends_the_loop_after_this_step(capsys):
 def test_a_second_ctrl_c_stops_at_once():
     seen = []
     with pytest.raises(KeyboardInterrupt):
-        for step in M.steps(Config(steps=9, quiet=True)):
+        for step in house.steps(Config(steps=9, quiet=True)):
             signal.raise_signal(signal.SIGINT)
             seen.append(step)
             signal.raise_signal(signal.SIGINT)
@@ -665,7 +666,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 def test_ctrl_c_works_as_before_after_the_loop():
     before = signal.getsignal(signal.SIGINT)
-    for step in M.steps(Config(steps=2, quiet=True)):
+    for step in house.steps(Config(steps=2, quiet=True)):
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
 
@@ -677,7 +678,7 @@ def test_adamw_by_hand():
     want = p.detach().clone()
     m = torch.zeros_like(p)
     v = torch.zeros_like(p)
-    optimizer = M.adamw(model, 0.01)
+    optimizer = house.adamw(model, 0.01)
     for step in range(1, 4):
         p.grad = torch.randn_like(p)
         m = 0.9 * m + 0.1 * p.grad
@@ -691,14 +692,14 @@ def test_clip_gradients_leaves_short_ones_and_shortens_long_ones():
     layer = torch.nn.Linear(2, 1, bias=False)
     for gradient, want in ([0.3, 0.4], [0.3, 0.4]), ([3.0, 4.0], [0.6, 0.8]):
         layer.weight.grad = torch.tensor([gradient])
-        length = M.clip_gradients(layer)
+        length = house.clip_gradients(layer)
         assert length.item() == pytest.approx(math.hypot(*gradient))
         assert torch.allclose(layer.weight.grad, torch.tensor([want]), atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 80, 500])
 def test_the_log_is_at_most_20_rows_of_80_columns(steps, capsys):
-    log = M.Log(Config(steps=steps))
+    log = house.Log(Config(steps=steps))
     for step in range(steps):
         numbers = {f"x{i}": i for i in range(9)}
         log(step, loss=torch.tensor(1 / (step + 1)), a_very_long_name=-123456.789, **numbers)
@@ -709,12 +710,12 @@ def test_the_log_is_at_most_20_rows_of_80_columns(steps, capsys):
 
 
 def test_a_loss_of_nan_stops_the_run():
-    with pytest.raises(M.Diverged, match="step 3.*nan"):
-        M.Log(Config(steps=5, quiet=True))(3, loss=float("nan"))
+    with pytest.raises(house.Diverged, match="step 3.*nan"):
+        house.Log(Config(steps=5, quiet=True))(3, loss=float("nan"))
 
 
 def test_quiet_prints_nothing(capsys):
-    M.Log(Config(steps=3, quiet=True))(0, loss=1.0)
+    house.Log(Config(steps=3, quiet=True))(0, loss=1.0)
     Config(quiet=True).say("hush")
     assert capsys.readouterr().out == ""
 
@@ -722,10 +723,10 @@ def test_quiet_prints_nothing(capsys):
 # flags
 
 def test_flags_become_a_config():
-    assert M.parse(Config, "doc", []) == Config()
-    given = M.parse(Config, "doc", ["--beta", "0.05", "--no-save", "--steps", "3", "--max-new", "4"])
+    assert house.parse(Config, "doc", []) == Config()
+    given = house.parse(Config, "doc", ["--beta", "0.05", "--no-save", "--steps", "3", "--max-new", "4"])
     assert given == Config(beta=0.05, steps=3, save=False, max_new=4)
-    assert M.parse(Config, "doc", ["--max_new", "4"]) == Config(max_new=4)
+    assert house.parse(Config, "doc", ["--max_new", "4"]) == Config(max_new=4)
 
 
 @pytest.mark.parametrize("argv, named", [
@@ -738,7 +739,7 @@ def test_flags_become_a_config():
 def test_a_wrong_flag_is_named_in_one_line(argv, named, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py", *argv])
     with pytest.raises(SystemExit) as stop:
-        M.main(Config, dict, "doc")
+        house.main(Config, dict, "doc")
     printed = capsys.readouterr()
     assert stop.value.code == 2
     assert named in printed.err and printed.err.count("\n") == 1 and printed.out == ""
@@ -746,7 +747,7 @@ def test_a_wrong_flag_is_named_in_one_line(argv, named, capsys, monkeypatch):
 
 def test_help_shows_own_settings_first_with_real_defaults(capsys):
     with pytest.raises(SystemExit) as stop:
-        M.parse(Config, "the doc\nand more", ["--help"])
+        house.parse(Config, "the doc\nand more", ["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "the doc" in text
     assert "strength of the KL penalty, 50% of it (0.1)" in text
@@ -758,12 +759,12 @@ def test_help_shows_own_settings_first_with_real_defaults(capsys):
 def test_help_fits_a_screen(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        M.parse(script.Config, script.__doc__, ["--help"])
+        house.parse(script.Config, script.__doc__, ["--help"])
     assert len(capsys.readouterr().out.splitlines()) <= 45
 
 
 @pytest.mark.parametrize("error, code", [
-    (M.UserError("data.jsonl:3: bad"), 2), (M.Diverged("step 3: loss is nan"), 1),
+    (M.UserError("data.jsonl:3: bad"), 2), (house.Diverged("step 3: loss is nan"), 1),
     (KeyboardInterrupt(), 130)])
 def test_exit_codes(error, code, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py"])
@@ -771,7 +772,7 @@ def test_exit_codes(error, code, capsys, monkeypatch):
     def train(config):
         raise error
     with pytest.raises(SystemExit) as stop:
-        M.main(Config, train, "doc")
+        house.main(Config, train, "doc")
     assert stop.value.code == code
     assert capsys.readouterr().err.strip().endswith(str(error) or "interrupted")
 
@@ -782,21 +783,21 @@ def test_the_readers_own_error_keeps_its_traceback(monkeypatch):
     def train(config):
         return {}["mine"]
     with pytest.raises(KeyError):
-        M.main(Config, train, "doc")
+        house.main(Config, train, "doc")
 
 
 def test_begin_wants_to_be_able_to_write(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(M.UserError, match="--out .*file"):
-        M.begin(Config(out=str(tmp_path / "file"), quiet=True))
+        house.begin(Config(out=str(tmp_path / "file"), quiet=True))
     with pytest.raises(M.UserError, match="--out"):
-        M.begin(Config(out=str(tmp_path / "file" / "below"), quiet=True))
+        house.begin(Config(out=str(tmp_path / "file" / "below"), quiet=True))
 
 
 def test_begin_seeds(tmp_path):
     numbers = []
     for seed in (3, 3, 4):
-        M.begin(Config(out=str(tmp_path / "o"), seed=seed, quiet=True))
+        house.begin(Config(out=str(tmp_path / "o"), seed=seed, quiet=True))
         numbers.append(torch.rand(1).item())
     assert numbers[0] == numbers[1] != numbers[2]
 
@@ -808,9 +809,9 @@ def test_need_makes_a_default_only(tmp_path, monkeypatch, capsys):
     def run(argv, env):
         ran.append([str(word) for word in argv[1:]])
         return subprocess.CompletedProcess(argv, 0)
-    monkeypatch.setattr(M.subprocess, "run", run)
-    M.need("out/sft", "python sft.py --steps 3", 20)
-    M.need("mine", "python sft.py", 20)
+    monkeypatch.setattr(house.subprocess, "run", run)
+    house.need("out/sft", "python sft.py --steps 3", 20)
+    house.need("mine", "python sft.py", 20)
     assert ran == [[str(HERE / "sft.py"), "--steps", "3"]]
     assert "20 seconds" in capsys.readouterr().out
 
@@ -819,8 +820,8 @@ def test_need_is_content_with_what_is_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out/sft").mkdir(parents=True)
     (tmp_path / "out/sft/config.json").write_text("{}")
-    monkeypatch.setattr(M.subprocess, "run", None)
-    M.need("out/sft", "python sft.py", 20)
+    monkeypatch.setattr(house.subprocess, "run", None)
+    house.need("out/sft", "python sft.py", 20)
 
 
 # adapters
@@ -829,7 +830,7 @@ def test_lora_trains_its_own_parameters_alone():
     model = tiny_model()
     matrices = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
     sizes = [4 * sum(W.shape) for W in matrices]
-    M.add_lora(model, 4)
+    house.add_lora(model, 4)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     assert sum(trained) == sum(sizes)
 
@@ -838,14 +839,14 @@ def test_lora_changes_nothing_at_first():
     model = tiny_model()
     ids = torch.tensor(rows_of(12))
     before = model(ids)
-    M.add_lora(model, 4)
+    house.add_lora(model, 4)
     assert torch.equal(model(ids), before)
 
 
 def test_a_rank_of_0_leaves_all_as_it_is():
     model = tiny_model()
     names = list(model.state_dict())
-    M.add_lora(model, 0)
+    house.add_lora(model, 0)
     assert list(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
 
 
@@ -853,7 +854,7 @@ def test_lora_by_hand():
     """W + 2 B A, one number at a time."""
     layer = M.Block(M.ModelConfig(**TINY), 0).mlp.down
     W = layer.weight.detach().clone()
-    lora = M.LoRA(W, 4)
+    lora = house.LoRA(W, 4)
     torch.nn.init.normal_(lora.B)
     for i, j in (0, 0), (3, 50), (31, 63):
         product = sum(lora.B[i, r].item() * lora.A[r, j].item() for r in range(4))
@@ -864,26 +865,26 @@ def test_lora_is_merged_into_an_ordinary_model():
     model = tiny_model()
     ids = torch.tensor(rows_of(12))
     names = sorted(model.state_dict())
-    M.add_lora(model, 4)
-    optimizer = M.adamw(model, 1e-2)
+    house.add_lora(model, 4)
+    optimizer = house.adamw(model, 1e-2)
     for _ in range(3):
         model(ids).logsumexp(-1).sum().backward()
         optimizer.step()
     learned = model(ids)
-    M.merge_lora(model)
+    house.merge_lora(model)
     assert torch.allclose(model(ids), learned, atol=1e-4)
     assert sorted(model.state_dict()) == names and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_scalar_head_is_trained_beside_adapters():
     model = M.ScalarModel(tiny_model())
-    M.add_lora(model, 2)
+    house.add_lora(model, 2)
     assert model.score.weight.requires_grad and not model.transformer.embed.weight.requires_grad
 
 
 def test_a_rank_above_the_width_is_refused():
     with pytest.raises(M.UserError, match="--lora 33"):
-        M.add_lora(tiny_model(), 33)
+        house.add_lora(tiny_model(), 33)
 
 
 # bfloat16
@@ -899,9 +900,9 @@ def test_bf16_products_change_little_and_logits_stay_float32(monkeypatch):
 
 def test_bf16_is_set_by_a_run_and_ends_with_the_next(tmp_path):
     config = Config(out=str(tmp_path / "o"), quiet=True)
-    M.begin(replace(config, bf16=True))
+    house.begin(replace(config, bf16=True))
     assert "cpu" in M.BF16
-    M.begin(config)
+    house.begin(config)
     assert "cpu" not in M.BF16
 
 
@@ -1265,13 +1266,14 @@ def test_the_table_shows_targets_below_their_tokens(capsys):
 TWO = """
 import json, sys, torch
 import model as M, sft
+from data import run as house
 configs = json.loads(sys.argv[1])
 for i, settings in enumerate(configs):
     config = sft.Config(**settings)
     if i == 0:
-        M.meet(config)
+        house.meet(config)
     run = sft.train(config)
-    torch.save(run["model"].state_dict(), f"{sys.argv[2]}/{i}_{M.RANK}")
+    torch.save(run["model"].state_dict(), f"{sys.argv[2]}/{i}_{house.RANK}")
 torch.distributed.destroy_process_group()
 """
 
@@ -1759,12 +1761,12 @@ def test_three_steps_by_hand(small_reward):
     config = replace(small_reward, steps=3, batch=3, save=False)
     got = R.train(config)["model"]
 
-    M.begin(config)
+    house.begin(config)
     network, tokenizer = load(config.init)
     scalar = M.ScalarModel(network)
     train, _ = R.read_comparisons(config, tokenizer, 256)
     lengths = [max(len(example.ids) for example in one.examples) for one in train]
-    stream = M.batches(train, lengths, 3, torch.Generator().manual_seed(config.seed))
+    stream = house.batches(train, lengths, 3, torch.Generator().manual_seed(config.seed))
     parameters = list(scalar.parameters())
     means = [torch.zeros_like(p) for p in parameters]
     squares = [torch.zeros_like(p) for p in parameters]
@@ -1793,7 +1795,7 @@ def test_three_steps_by_hand(small_reward):
 
 def test_parts_of_a_batch_add_up_reward(small_reward, monkeypatch):
     """--accumulate changes the memory and nothing else: gradients, before Adam, and the log."""
-    clip = R.clip_gradients
+    clip = house.clip_gradients
     gradients, logs = [], []
 
     def look(scalar):
@@ -1845,7 +1847,7 @@ def test_it_learns_a_few_pairs_by_heart(small_reward, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_reward):
-    with pytest.raises(M.Diverged, match="step"):
+    with pytest.raises(house.Diverged, match="step"):
         R.train(replace(small_reward, lr=1e9, steps=8))
     assert not Path(small_reward.out, "model.safetensors").exists()
 
@@ -1895,7 +1897,7 @@ def test_own_data_has_own_numbers(small_reward, tmp_path):
 
 def test_help_fits_a_screen_reward(capsys):
     with pytest.raises(SystemExit):
-        M.parse(R.Config, R.__doc__, ["--help"])
+        house.parse(R.Config, R.__doc__, ["--help"])
     assert capsys.readouterr().out.count("\n") <= 45
 
 
@@ -2627,7 +2629,7 @@ def test_the_logged_loss_is_the_mean_of_all_minibatches(folder, monkeypatch):
 def gradients_of(folder, monkeypatch, **changes):
     """What the first update is made of: the gradients of the policy, then of the critic."""
     seen = []
-    real = M.clip_gradients
+    real = house.clip_gradients
 
     def clip_gradients(model):
         seen.append(torch.cat([p.grad.flatten().clone() for p in model.parameters()]))
@@ -3748,7 +3750,7 @@ def first_batch(config):
     pairs, _ = dpo.read_pairs(config, tokenizer, model.config.max_len)
     lengths = [max(len(pair.chosen.ids), len(pair.rejected.ids)) for pair in pairs]
     generator = torch.Generator().manual_seed(config.seed)
-    return model, next(M.batches(pairs, lengths, config.batch, generator))
+    return model, next(house.batches(pairs, lengths, config.batch, generator))
 
 
 def test_a_step_of_dpo_written_out_by_hand(shouting):
@@ -3767,7 +3769,7 @@ def test_a_step_of_dpo_written_out_by_hand(shouting):
     (total / len(batch)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     learned = dpo.train(config)["model"]
-    rate = 1e-3 * M.schedule(0, 1)
+    rate = 1e-3 * house.schedule(0, 1)
     for p, now in zip(model.parameters(), learned.parameters()):
         want = p - rate * p.grad / (p.grad.abs() + 1e-8)
         sure = p.grad.abs() > 1e-6                              # near 0 the sign is rounding's
@@ -4267,7 +4269,7 @@ def test_a_batch_in_parts_is_the_same_batch(name, own_data, monkeypatch):
     first = []
     for n in (1, 3):
         seen = []
-        clip = M.clip_gradients
+        clip = house.clip_gradients
 
         def spy(model):
             seen.append(gradients(model))
@@ -4309,7 +4311,7 @@ def test_bf16_gives_about_the_same_loss(name, own_data):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_ctrl_c_saves_what_there_is(name, own_data, monkeypatch):
     script = SCRIPTS[name]
-    clip = M.clip_gradients
+    clip = house.clip_gradients
 
     def interrupt(model):
         signal.raise_signal(signal.SIGINT)
@@ -4346,7 +4348,7 @@ def test_a_loss_of_nan_exits_1_and_leaves_the_old_checkpoint(name, own_data, mon
             flags += ["--" + field.name, str(value)]
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *flags])
     with pytest.raises(SystemExit) as stop:
-        M.main(SCRIPTS[name].Config, SCRIPTS[name].train, SCRIPTS[name].__doc__)
+        house.main(SCRIPTS[name].Config, SCRIPTS[name].train, SCRIPTS[name].__doc__)
     assert stop.value.code in (1, 2) and capsys.readouterr().err.count("\n") == 1
     assert (out / "model.safetensors").read_bytes() == before
 
@@ -4364,15 +4366,16 @@ def test_a_script_says_what_is_wrong_and_exits_2(tmp_path):
 
 TWO_all = LIKES_LENGTH.join(["""
 import json, sys, torch
+from data import run as house
 import model as M, cai, dpo, grpo, ppo, reward_model, sft
 """, """
 runs, folder = json.loads(sys.argv[1]), sys.argv[2]
 for i, (name, config) in enumerate(runs):
     config = sys.modules[name].Config(**config)
     if i == 0:
-        M.meet(config)
+        house.meet(config)
     result = sys.modules[name].train(config)
-    torch.save(result["model"].state_dict(), f"{folder}/{name}_{M.RANK}")
+    torch.save(result["model"].state_dict(), f"{folder}/{name}_{house.RANK}")
 torch.distributed.destroy_process_group()
 """])
 

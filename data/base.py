@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from data import exam, generate
 from data.checkpoints import load, load_ranks, save
 from data.rows import read_text
-from model import (EOT, PROCESSES, RANK, Example, Log, ModelConfig, Settings, Transformer, average,
-                   begin, clip_gradients, collate, hold_out, main, parts, respond, special, steps)
+from data.run import (PROCESSES, RANK, Log, Settings, average, begin, clip_gradients, hold_out,
+                      main, parts, steps)
+from model import EOT, Example, ModelConfig, Transformer, collate, respond, special
 
 
 @dataclass(frozen=True)

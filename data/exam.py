@@ -27,7 +27,8 @@ from data.chart import Bar, Line, Panel, chart
 from data.checkpoints import load, write_files
 from data.rows import to_messages
 from data.studybuddy import EQUATION, SEEN, attacked, flat, judge, praise, read
-from model import exit_codes, render_prompt, sample, token_logps
+from data.run import exit_codes
+from model import render_prompt, sample, token_logps
 
 # ---------------------------------------------------------------- the exam
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import run as house
 import model as M
 from data import chart as chart_file
 from data import checkpoints, rows
@@ -357,7 +358,7 @@ def test_a_judge_is_no_language_model(folder, tok, tmp_path):
 
 def test_adapters_are_merged_before_saving(tok, tmp_path):
     model = tiny_model()
-    M.add_lora(model, 2)
+    house.add_lora(model, 2)
     with pytest.raises(ValueError, match="merge_lora"):
         checkpoints.save(tmp_path / "m", model, tok)
 
@@ -1787,7 +1788,7 @@ def test_no_answers_are_shown_as_nothing(capsys):
 # ---------------------------------------------------------------- the end of a run
 
 def end_of_run(tmp_path, targets, capsys=None, before={"gold": 0.66}, after={"gold": 0.78}, **flags):
-    config = M.Settings(out=str(tmp_path / "out"), **flags)
+    config = house.Settings(out=str(tmp_path / "out"), **flags)
     log = SimpleNamespace(rows=[{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5, "kl": 0.1}])
     results = E.finish("dpo", config, time.time() - 43, log, before, after, targets, turn={"peak": 1})
     return results, capsys.readouterr().out.splitlines() if capsys else None

@@ -21,7 +21,7 @@ import torch
 
 from data import base, generate, studybuddy
 from data.checkpoints import load, load_ranks
-from model import (EOT, ModelConfig, Transformer, UserError, collate, sample, special, token_logps)
+from model import EOT, ModelConfig, Transformer, UserError, collate, sample, special, token_logps
 
 FULL = "--full" in sys.argv or os.environ.get("NANOALIGN_FULL") == "1"
 slow = pytest.mark.skipif(not FULL, reason="slow: add --full")

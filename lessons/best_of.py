@@ -33,8 +33,8 @@ import torch
 import sft
 from data import exam, rows, studybuddy
 from data.checkpoints import load, load_scalar, write_files
-from model import (Log, Settings, begin, collate, end_scores, main, need, parts, render_answer,
-                   render_prompt, sample)
+from data.run import Log, Settings, begin, main, need, parts
+from model import collate, end_scores, render_answer, render_prompt, sample
 
 
 @dataclass(frozen=True)

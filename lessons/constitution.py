@@ -29,7 +29,8 @@ import torch
 import cai
 from data import exam, rows, studybuddy
 from data.checkpoints import load
-from model import UserError, main
+from data.run import main
+from model import UserError
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ import sft
 from data import exam, rows
 from data.checkpoints import load, save
 from lessons.best_of import ask, learn_from, show_models, write_answers
-from model import (Log, Settings, UserError, adamw, add_lora, batches, begin, clip_gradients,
-                   hold_out, main, merge_lora, need, parts, steps)
+from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, hold_out,
+                      main, merge_lora, need, parts, steps)
+from model import UserError
 
 
 @dataclass(frozen=True)

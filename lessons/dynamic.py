@@ -24,8 +24,8 @@ import torch
 
 import grpo
 from data.checkpoints import load
-from model import (RANK, Log, Samples, Settings, adamw, batches, begin, clip_gradients, main,
-                   need, steps)
+from data.run import RANK, Log, Settings, adamw, batches, begin, clip_gradients, main, need, steps
+from model import Samples
 
 
 @dataclass(frozen=True)

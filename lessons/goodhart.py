@@ -32,7 +32,8 @@ import torch
 import ppo
 from data import exam
 from data.checkpoints import load
-from model import Settings, UserError, begin, main, need
+from data.run import Settings, begin, main, need
+from model import UserError
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import torch
 from data import exam
 from data.checkpoints import load_scalar, write_files
 from data.studybuddy import praise
-from model import Settings, begin, main, need
+from data.run import Settings, begin, main, need
 from reward_model import (all_scores, calibration_error, duels, flattered, overall,
                           read_comparisons, report, right_order, truth, with_answers)
 

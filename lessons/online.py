@@ -30,8 +30,9 @@ import dpo
 from data import exam, rows
 from data.checkpoints import load, load_scalar, save
 from lessons.best_of import reward
-from model import (RANK, Example, Log, Settings, UserError, adamw, add_lora, batches, begin,
-                   clip_gradients, main, merge_lora, need, parts, render_prompt, sample, steps)
+from data.run import (RANK, Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
+                      merge_lora, need, parts, steps)
+from model import Example, UserError, render_prompt, sample
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,9 @@ import torch
 from data import exam, rows
 from data.checkpoints import load, save
 from data.studybuddy import RESULT, ask
-from model import (Example, Log, ScalarModel, Settings, UserError, adamw, add_lora, batches, begin,
-                   clip_gradients, collate, main, merge_lora, need, parts, render_answer,
-                   render_prompt, sample, steps)
+from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
+                      merge_lora, need, parts, steps)
+from model import Example, ScalarModel, UserError, collate, render_answer, render_prompt, sample
 from reward_model import calibration_error, hold_out_prompts, outcome_loss
 
 

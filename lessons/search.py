@@ -29,8 +29,8 @@ import torch
 import grpo
 from data import rows, studybuddy
 from data.checkpoints import load, load_scalar
-from model import (Settings, begin, collate, end_scores, main, need, render_answer, render_prompt,
-                   sample)
+from data.run import Settings, begin, main, need
+from model import collate, end_scores, render_answer, render_prompt, sample
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ import torch
 from data import exam
 from data.checkpoints import load, save
 from data.studybuddy import COMPARE, flat
-from model import (Example, Log, Settings, UserError, adamw, add_lora, batches, begin,
-                   clip_gradients, collate, main, merge_lora, need, parts, render_prompt, steps)
+from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
+                      merge_lora, need, parts, steps)
+from model import Example, UserError, collate, render_prompt
 from reward_model import flattered, longest, read_comparisons, report
 
 PRINCIPLE = "Choose the better answer for a child."

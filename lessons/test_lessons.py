@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import cai
 import dpo
 import grpo
+from data import run as house
 import model as M
 import ppo
 import reward_model as R
@@ -1035,7 +1036,7 @@ def kto_batches(config, count):
     model, tokenizer = C.load(config.init)
     thumbs, _ = kto.read_thumbs(config, tokenizer, model.config.max_len)
     lengths = [len(thumb.judged.ids) for thumb in thumbs]
-    stream = M.batches(thumbs, lengths, config.batch, torch.Generator().manual_seed(config.seed))
+    stream = house.batches(thumbs, lengths, config.batch, torch.Generator().manual_seed(config.seed))
     return model, [next(stream) for _ in range(count)]
 
 
@@ -1054,7 +1055,7 @@ def test_a_step_of_kto_written_out_by_hand(lesson_files):
     (total / len(batch)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     learned = kto.train(config)["model"]
-    rate = 3e-3 * M.schedule(0, 1)
+    rate = 3e-3 * house.schedule(0, 1)
     for p, now in zip(model.parameters(), learned.parameters()):
         want = p - rate * p.grad / (p.grad.abs() + 1e-8)
         sure = p.grad.abs() > 1e-6                              # near 0 the sign is rounding's
@@ -1105,7 +1106,7 @@ def test_every_setting_of_kto_changes_something(lesson_files, changes):
 def first_gradients(module, run, **changes):
     """The gradients of the first step, before Adam hides a sum behind a mean."""
     seen = []
-    clip = M.clip_gradients
+    clip = house.clip_gradients
 
     def spy(model):
         seen.append(gradients(model))
