@@ -101,6 +101,7 @@ class Draft:
     prompt: rows.Prompt
     first: str               # what the model said at first
     text: str                # what it is now
+    order: list = None       # the principles, as they are tried on it
     flaws: list = field(default_factory=list)   # (principle, critique, revision) of each round
 
 
@@ -149,18 +150,19 @@ def improve(model, tokenizer, drafts, principles, config, generator):
 def first_flaws(model, tokenizer, drafts, principles, config, generator):
     """The principles are tried in turn, for each draft in an order of its own, until the critic
     finds a flaw. -> [(draft, principle, critique)] of the drafts that have one"""
-    waiting = [(draft, in_order(principles, config, generator)) for draft in drafts]
+    for draft in drafts:
+        draft.order = in_order(principles, config, generator)
+    waiting = drafts
     flawed = []
     for k in range(len(principles)):
         if not waiting:
             break
-        waiting_drafts = [draft for draft, _ in waiting]
-        asked = [order[k] for _, order in waiting]
-        complaints = critique(model, tokenizer, waiting_drafts, asked)
+        asked = [draft.order[k] for draft in waiting]
+        complaints = critique(model, tokenizer, waiting, asked)
         fine = []
-        for (draft, order), principle, complaint in zip(waiting, asked, complaints):
+        for draft, principle, complaint in zip(waiting, asked, complaints):
             if complaint.startswith(NOTHING):
-                fine.append((draft, order))
+                fine.append(draft)
             else:
                 flawed.append((draft, principle, complaint))
         waiting = fine
@@ -257,16 +259,21 @@ def own_answers(model, tokenizer, prompts, n, config, generator):
 
 def compare(model, tokenizer, pairs, principles, config, generator):
     """[(prompt, [a, b])] -> Verdicts, each under one principle. Equal answers teach nothing."""
-    pairs = [(prompt, a, b) for prompt, (a, b) in pairs if a != b]
-    if not pairs:
+    prompts = []
+    firsts = []
+    seconds = []
+    for prompt, (a, b) in pairs:
+        if a != b:
+            prompts.append(prompt)
+            firsts.append(a)
+            seconds.append(b)
+    if not prompts:
         raise UserError("the model always gives the same answer twice: there is nothing to compare")
-    prompts = [prompt.messages for prompt, a, b in pairs]
-    drawn = [in_order(principles, config, generator)[0] for _ in pairs]
-    firsts = [a for prompt, a, b in pairs]
-    seconds = [b for prompt, a, b in pairs]
-    p = both_orders(model, tokenizer, prompts, firsts, seconds, drawn, config)
+    messages = [prompt.messages for prompt in prompts]
+    drawn = [in_order(principles, config, generator)[0] for _ in prompts]
+    p = both_orders(model, tokenizer, messages, firsts, seconds, drawn, config)
     verdicts = []
-    for (prompt, a, b), p_a in zip(pairs, p.tolist()):
+    for prompt, a, b, p_a in zip(prompts, firsts, seconds, p.tolist()):
         line = prompt.row | {"chosen": a, "rejected": b, "p": p_a}
         if p_a < 0.5:
             line |= {"chosen": b, "rejected": a, "p": 1 - p_a}
@@ -373,10 +380,14 @@ def train(config):
 
     # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful
     others = own_answers(teacher, tokenizer, plain[:len(drafts)], 1, config, generator)
-    taught = [(draft.prompt.messages, draft.text) for draft in drafts]
-    taught += [(prompt.messages, texts[0]) for prompt, texts in others]
-    save_lines(config, "revisions.jsonl", [{"messages": turns(*pair)} for pair in taught])
-    examples = [render_answer(tokenizer, prompt, text) for prompt, text in taught]
+    taught = [(draft.prompt, draft.text) for draft in drafts]
+    taught += [(prompt, texts[0]) for prompt, texts in others]
+    lines = []
+    examples = []
+    for prompt, text in taught:
+        lines.append({"messages": turns(prompt.messages, text)})
+        examples.append(render_answer(tokenizer, prompt.messages, text))
+    save_lines(config, "revisions.jsonl", lines)
     lengths = [len(example.ids) for example in examples]
     stream = batches(examples, lengths, config.batch, generator)
     config.say(f"SL-CAI: {len(drafts)} answers to attacks, {len(mended)} of them mended, and "

@@ -24,6 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
+
 class UserError(Exception):
     """Bad input: data/run.py prints its one line and exits 2."""
 
@@ -131,10 +132,17 @@ class Cache:
             self.layers[layer] = tensor[:, rows]
 
 
+def split_heads(x, D):
+    """(B, T, heads * D) -> (B, heads, T, D)"""
+    B, T, _ = x.shape
+    return x.view(B, T, -1, D).transpose(1, 2)
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        C, D = config.d_model, config.head_dim
+        C = config.d_model
+        D = config.head_dim
         self.layer = layer
         self.head_dim = D
         self.q = nn.Linear(C, config.n_heads * D, bias=config.qkv_bias)
@@ -143,17 +151,15 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_heads * D, C, bias=False)
 
     def forward(self, x, cos, sin, allowed, cache):
-        B, T, _ = x.shape
-        D = self.head_dim
-        q = self.q(x).view(B, T, -1, D).transpose(1, 2)         # (B, H, T, D)
-        k = self.k(x).view(B, T, -1, D).transpose(1, 2)         # (B, K, T, D)
-        v = self.v(x).view(B, T, -1, D).transpose(1, 2)         # (B, K, T, D)
+        q = split_heads(self.q(x), self.head_dim)               # (B, H, T, D)
+        k = split_heads(self.k(x), self.head_dim)               # (B, K, T, D)
+        v = split_heads(self.v(x), self.head_dim)               # (B, K, T, D)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)                  # (B, K, S, D), of all tokens so far
         y = attend(q, k, v, allowed)                            # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, -1)                 # (B, T, H * D)
+        y = y.transpose(1, 2).flatten(2)                        # (B, T, H * D)
         return self.out(y)                                      # (B, T, C)
 
 
@@ -196,7 +202,9 @@ class Transformer(nn.Module):
         self.config = config
         self.speeds = rotary_speeds(config)
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList()
+        for layer in range(config.n_layers):
+            self.blocks.append(Block(config, layer))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.unembed = None
         if not config.tie:
@@ -221,7 +229,8 @@ class Transformer(nn.Module):
             raise UserError(f"{S} tokens do not fit the model's context of {self.config.max_len}")
         if mask is None:
             mask = torch.ones(B, S, dtype=torch.bool, device=ids.device)
-        position = (mask.cumsum(1) - 1).clamp(min=0)[:, S - T:]  # (B, T), 0 at the first real token
+        position = (mask.cumsum(1) - 1).clamp(min=0)            # (B, S), 0 at the first real token
+        position = position[:, S - T:]                          # (B, T)
         angle = position[:, :, None] * self.speeds.to(ids.device)  # (B, T, D/2)
         angle = torch.cat([angle, angle], dim=-1)[:, None]      # (B, 1, T, D), for all heads
         x = self.embed(ids)                                     # (B, T, C)
@@ -291,7 +300,8 @@ def render(tokenizer, messages):
     them. A message is ordinary text: who types <|im_end|> gets plain characters, never the
     token."""
     encode = tokenizer.encode_ordinary
-    ids, marks = [], []
+    ids = []
+    marks = []
     for message in messages:
         is_answer = message["role"] == "assistant"
         before = message["role"] + "\n"
@@ -304,7 +314,9 @@ def render(tokenizer, messages):
         body = encode(words) + [special(tokenizer, END)]
         newline = encode("\n")
         ids += head + body + newline
-        marks += [0] * len(head) + [int(is_answer)] * len(body) + [0] * len(newline)
+        marks += [0] * len(head)
+        marks += [int(is_answer)] * len(body)
+        marks += [0] * len(newline)
     return Example(ids, marks)
 
 
@@ -318,7 +330,9 @@ def render_answer(tokenizer, messages, text):
     """A conversation and one answer to it -> Example, in which that answer alone is marked."""
     prompt = render_prompt(tokenizer, messages)
     body = tokenizer.encode_ordinary(text) + [special(tokenizer, END)]
-    return Example(prompt + body, [0] * len(prompt) + [1] * len(body))
+    marks = [0] * len(prompt)
+    marks += [1] * len(body)
+    return Example(prompt + body, marks)
 
 
 def pad(rows, value, left=False):
@@ -334,7 +348,9 @@ def pad(rows, value, left=False):
 def collate(examples, tokenizer, device):
     """Examples -> ids, mask, answer, each (B, T), padded on the right. mask is True at real tokens,
     answer at those that the loss looks at."""
-    rows, real, marks = [], [], []
+    rows = []
+    real = []
+    marks = []
     for example in examples:
         rows.append(example.ids)
         real.append([1] * len(example.ids))
@@ -409,17 +425,20 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
     device = model.embed.weight.device
     end = special(tokenizer, END)
     blank = special(tokenizer, PAD)
+    real = [[1] * len(prompt) for prompt in prompts]
     ids = pad(prompts, blank, left=True).to(device)             # (prompts, P)
-    mask = pad([[1] * len(prompt) for prompt in prompts], 0, left=True)
-    mask = mask.bool().to(device)                               # (prompts, P)
+    mask = pad(real, 0, left=True).bool().to(device)            # (prompts, P)
     ids = ids.repeat_interleave(n, 0)                           # (B, P)
     mask = mask.repeat_interleave(n, 0)
-    drawn = []
-    for rows in torch.arange(len(ids), device=device).split(batch):
-        drawn.append(continue_rows(model, ids[rows], mask[rows], max_new, end, temperature, top_k,
-                                   top_p, generator))
-    tokens = torch.cat([tokens for tokens, _ in drawn])         # (B, max_new)
-    logps = torch.cat([logps for _, logps in drawn])            # (B, max_new)
+    tokens = []
+    logps = []
+    for some_ids, some_mask in zip(ids.split(batch), mask.split(batch)):
+        new, new_logps = continue_rows(model, some_ids, some_mask, max_new, end, temperature,
+                                       top_k, top_p, generator)
+        tokens.append(new)
+        logps.append(new_logps)
+    tokens = torch.cat(tokens)                                  # (B, max_new)
+    logps = torch.cat(logps)                                    # (B, max_new)
     stops = tokens == end
     answer = stops.cumsum(1) - stops.long() == 0    # True up to and including the first end token
     T = int(answer.sum(1).max())
@@ -460,7 +479,8 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
             probs = (logits / temperature).softmax(-1)
             token = draw(probs, top_k, top_p, generator)
         tokens[rows, t] = token
-        logps[rows, t] = probs.gather(1, token[:, None])[:, 0].log()
+        p = probs.gather(1, token[:, None])[:, 0]               # (rows,)
+        logps[rows, t] = p.log()
         going = (tokens[rows, :t + 1] != end).all(1)            # (rows,)
         if t + 1 == max_new or not going.any():
             break
@@ -468,7 +488,8 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
             rows = rows[going]
             token = token[going]
             cache.select(going)
-        state = hidden(token[:, None], mask[rows, :P + t + 1], cache)[:, 0]  # (rows, C)
+        seen = mask[rows, :P + t + 1]
+        state = hidden(token[:, None], seen, cache)[:, 0]       # (rows, C)
     return tokens, logps
 
 
@@ -482,7 +503,8 @@ def draw(probs, top_k, top_p, generator):
             keep[:, top_k:] = False
         probs = torch.zeros_like(probs).scatter(1, order, sorted_probs * keep)
     line = probs.cumsum(-1)
-    dart = torch.rand(len(line), 1, generator=generator).to(line.device) * line[:, -1:]
+    dart = torch.rand(len(line), 1, generator=generator)        # (B, 1), in [0, 1)
+    dart = dart.to(line.device) * line[:, -1:]
     token = torch.searchsorted(line, dart, right=True)[:, 0]    # never one of probability 0
     return token.clamp(max=line.shape[1] - 1)                   # rounding may land behind the end
 

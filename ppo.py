@@ -43,7 +43,7 @@ Try next: --lam 1; --epochs 8; --eps 10, which clips nothing; --critic-lr 0; --t
 """
 import copy
 from dataclasses import dataclass, replace
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -201,8 +201,6 @@ def whiten(advantages, answer):
 
 
 class Algorithm(NamedTuple):
-    advantages: Callable
-    uses: tuple              # the numbers of Config that it takes
     critic: bool
     group: int               # what works in this world
     epochs: int
@@ -212,17 +210,18 @@ class Algorithm(NamedTuple):
 # All go through the same clipped loss. With --minibatch 64 a batch is one update, in which rho is
 # 1: then reinforce and rloo are what their papers say, to the letter.
 ALGORITHMS = {
-    "reinforce": Algorithm(reinforce, (),               critic=False, group=1, epochs=1, lr=5e-4),
-    "rloo":      Algorithm(rloo,      ("group",),       critic=False, group=4, epochs=1, lr=5e-4),
-    "ppo":       Algorithm(ppo,       ("gamma", "lam"), critic=True,  group=1, epochs=2, lr=3e-4),
+    "reinforce": Algorithm(critic=False, group=1, epochs=1, lr=5e-4),
+    "rloo":      Algorithm(critic=False, group=4, epochs=1, lr=5e-4),
+    "ppo":       Algorithm(critic=True,  group=1, epochs=2, lr=3e-4),
 }
 
 
 def advantages_of(rewards, values, answer, config):
-    """The advantages of this run's algorithm, with the numbers that it takes."""
-    algorithm = ALGORITHMS[config.algorithm]
-    numbers = {name: getattr(config, name) for name in algorithm.uses}
-    return algorithm.advantages(rewards, values, answer, **numbers)
+    if config.algorithm == "reinforce":
+        return reinforce(rewards, values, answer)
+    if config.algorithm == "rloo":
+        return rloo(rewards, values, answer, config.group)
+    return ppo(rewards, values, answer, config.gamma, config.lam)
 
 
 # ---------------------------------------------------------------- data
