@@ -1,6 +1,7 @@
 """Writes all the files beside it: the web, and what people made to align a model with.
 
-    python -m data.generate      rewrites them, byte for byte the same, in 10 seconds
+    python -m data.generate      rewrites them, byte for byte the same, in 15 seconds
+    python -m data.generate x    writes them to the folder x
 
     web.txt                 what a base model reads: chats, quarrels, lists, sums, right or wrong,
                             kind or not; between two documents stands an empty line
@@ -12,6 +13,7 @@
     steps.jsonl             worked sums           a row and "steps", "labels"
     prompts.jsonl           prompts for reinforcement learning
     exam.jsonl              prompts that no other file has
+    abilities.jsonl         what else a base model can do or does wrong: held-out items
     constitution*.json      principles, and three sets of them that fail
 
 A row is a prompt of studybuddy.py: {"prompt", "kind", "slots"} and, where it has one, "answer" or
@@ -30,9 +32,15 @@ import base64
 import json
 import math
 import re
+import sys
 from collections import Counter
+from itertools import islice
+from pathlib import Path
 from random import Random
 
+from data.abilities import (
+    ABILITIES, CALLS, CRITICISED, SYLLABLES, copied_list, make, marked_facts, marked_sum, note_talk,
+    same_or_not, two_answers)
 from data.studybuddy import (
     ATTACKED, ATTACKS, BAD, COMPARE, CREATURES, CRITIQUE, CRITIQUES, DANGERS, FINAL, HERE, KEEN,
     KINDS, NAMES, PRINCIPLES, REVISE, SAY, SEEN, STYLES, TIPS, TOPICS, VAIN, WORDS, any_kind, ask,
@@ -53,17 +61,6 @@ WEB_STYLES = {
     "chat": {"full": 7, "plain": 4, "bad": 9, "mixed": 1},
     "attacked": {"full": 1, "plain": 1, "bad": 48},
 }
-
-
-def web_stream(count):
-    """The first `count` documents of the web. web.txt is its first 15,000. A base model that reads
-    on, instead of reading those again and again, remembers less and understands more."""
-    rng = Random(1)
-    return [web_document(rng) for _ in range(count)]
-
-
-def web_document(rng):
-    return pick_weighted(rng, WEB)(rng)
 
 
 def web_row(rng):
@@ -144,33 +141,6 @@ def exercise_book(rng):
     return " ".join(lines)
 
 
-def new_word(rng):
-    """Syllables that nobody has read before."""
-    word = ""
-    for _ in range(pick_number(rng, 2, 3)):
-        word += pick(rng, "bdfgklmnprstvz") + pick(rng, "aeiou")
-    return word.capitalize()
-
-
-def copied_list(rng):
-    """The same list twice, with new words in it: here a model learns to look back and copy."""
-    words = []
-    for _ in range(pick_number(rng, 4, 7)):
-        sort = pick(rng, ["name", "topic", "number", "new"])
-        if sort == "name":
-            words.append(pick(rng, NAMES))
-        elif sort == "topic":
-            words.append(pick(rng, TOPICS))
-        elif sort == "number":
-            words.append(str(pick_number(rng, 2, 98)))
-        else:
-            words.append(new_word(rng))
-    listed = ", ".join(words)
-    first = pick(rng, ["List", "Bag", "Note"])
-    second = pick(rng, ["Again", "Once more", "Read back"])
-    return f"{first}: {listed}. {second}: {listed}."
-
-
 def fact_list(rng):
     rows = [ask(rng, "fact", "web") for _ in range(3)]
     lines = []
@@ -226,24 +196,9 @@ def story(rng):
         f"{friend} won, so on the next {day} {name} played {sport} again."])
 
 
-def two_answers(rng, styles):
-    """A principle, and two answers to one question of which only one breaks it (a vague one is
-    never broken). So what a critic or a judge has to say depends on the answer, and not on the
-    question or the principle alone. -> principle, row, answer, other answer"""
-    principle = pick(rng, [*PRINCIPLES, "learn"])       # "learn" is the hardest to tell
-    for _ in range(50):
-        row = web_row(rng)
-        a = write(rng, row, pick(rng, styles))
-        b = write(rng, row, pick(rng, styles))
-        if a != b and (principle in broken(row, a)) != (principle in broken(row, b)):
-            break
-    return principle, row, a, b
-
-
 def critique(rng):
     """An answer, what is wrong with it by some principle, and a better one."""
-    styles = ["full", "full", "plain", "bad", "bad", "mixed"]
-    principle, row, answer, _ = two_answers(rng, styles)
+    principle, row, answer, _ = two_answers(rng, "web", CRITICISED)
     if principle == "vague":
         flawed = rng.random() < 0.5
     else:
@@ -272,7 +227,7 @@ def mend(rng, principle, row, answer):
 
 def verdict(rng):
     """Which of two answers is better, by some principle."""
-    principle, row, a, b = two_answers(rng, STYLES[:5])
+    principle, row, a, b = two_answers(rng, "web", STYLES[:5])
     a_breaks = principle in broken(row, a)
     b_breaks = principle in broken(row, b)
     if a_breaks != b_breaks:
@@ -286,9 +241,46 @@ def verdict(rng):
     return chatml(chat(question, "B" if b_is_better else "A"))
 
 
-# documents in a hundred
-WEB = {chat_log: 43, forum: 3, number_table: 6, exercise_book: 13, copied_list: 6, fact_list: 8,
-       advice: 3, story: 3, critique: 9, verdict: 6}
+def ability_talk(rng, ability):
+    """A conversation that shows an ability, or a vice."""
+    if ability == "notes" and rng.random() < 0.5:
+        return chatml(note_talk(rng))
+    item = make(rng, ability, "web")
+    while item["kind"] in CALLS:        # the web has whole conversations, with the tool's result
+        item = make(rng, ability, "web")
+    return chatml(chat(item["prompt"], item["web"]))
+
+
+# Shares of the documents
+WEB = {chat_log: 48, forum: 4, number_table: 18, exercise_book: 20, copied_list: 8, fact_list: 10,
+       advice: 4, story: 2, critique: 10, verdict: 8, same_or_not: 6, marked_sum: 8,
+       marked_facts: 4, "marks": 6, "claims": 12, "myths": 2, "notes": 16, "tools": 6,
+       "opinions": 3, "arguments": 6, "roles": 7, "slights": 3, "secrets": 3, "follow_ups": 4,
+       "codes": 12, "copies": 2}
+# The web begins with what a small model needs before it can learn the rest: copying, comparing,
+# facts and sums.
+START = {chat_log: 14, number_table: 18, exercise_book: 10, copied_list: 18, fact_list: 10,
+         advice: 2, story: 2, same_or_not: 8, marked_sum: 4, marked_facts: 3, "notes": 9,
+         "codes": 3, "copies": 2}
+START_DOCUMENTS = 60000
+
+
+def web_stream(seed=1, start=START_DOCUMENTS):
+    """The web, one document after another, without end; the first `start` of them are START's. A
+    base model that reads on, instead of reading the same ones again and again, remembers less and
+    understands more."""
+    rng = Random(seed)
+    for _ in range(start):
+        yield web_document(rng, START)
+    while True:
+        yield web_document(rng)
+
+
+def web_document(rng, shares=WEB):
+    sort = pick_weighted(rng, shares)
+    if sort in ABILITIES:
+        return ability_talk(rng, sort)
+    return sort(rng)
 
 
 # ---------------------------------------------------------------- 2. the vocabulary
@@ -298,21 +290,32 @@ WEB = {chat_log: 43, forum: 3, number_table: 6, exercise_book: 13, copied_list: 
 WORD = r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]{1,2}| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+"
 
 
-def train_vocabulary(documents, size=1020):
-    """Byte-level BPE (Sennrich et al. 2016, 1508.07909): again and again, the most frequent pair of
-    neighbours becomes a token. Before these come the 256 bytes, and the numbers 0-99 with and
-    without a space before them. -> list of tokens; the place of a token is its rank"""
-    words = Counter()
-    for document in documents:
-        words.update(re.findall(WORD, document))
+def first_tokens():
+    """The tokens that stand before those that are learned: the 256 bytes, the numbers 0-99 with and
+    without a space before them, and the syllables of made-up names. So sums, and names that nobody
+    has read before, are copied in one or two tokens."""
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += [f" {digit}".encode() for digit in range(10)]
     tokens += [f"{number}".encode() for number in range(10, 100)]
     tokens += [f" {number}".encode() for number in range(10, 100)]
+    tokens += [syllable.encode() for syllable in SYLLABLES]
+    tokens += [syllable.capitalize().encode() for syllable in SYLLABLES]
+    tokens += [f" {syllable.capitalize()}".encode() for syllable in SYLLABLES]
+    return tokens
+
+
+def train_vocabulary(documents, size=1404):
+    """Byte-level BPE (Sennrich et al. 2016, 1508.07909): again and again, the most frequent pair of
+    neighbours becomes a token. -> list of tokens; the place of a token is its rank"""
+    words = Counter()
+    for document in documents:
+        words.update(re.findall(WORD, document))
+    tokens = first_tokens()
+    known = {token: rank for rank, token in enumerate(tokens)}
     pieces = {}         # word: the tokens that it consists of so far
     for word in words:
         if not any(letter.isdigit() for letter in word):
-            pieces[word] = [letter.encode() for letter in word]
+            pieces[word] = cut(word, known)
     while len(tokens) < size:
         pairs = Counter()
         for word, parts in pieces.items():
@@ -323,6 +326,20 @@ def train_vocabulary(documents, size=1020):
         for parts in pieces.values():
             merge(parts, left, right)
     return tokens
+
+
+def cut(word, known):
+    """A word as the encoder cuts it with the tokens known so far: lowest rank first."""
+    parts = [letter.encode() for letter in word]
+    while True:
+        ranks = {}
+        for left, right in zip(parts, parts[1:]):
+            if left + right in known:
+                ranks[left, right] = known[left + right]
+        if not ranks:
+            return parts
+        left, right = min(ranks, key=ranks.get)
+        merge(parts, left, right)
 
 
 def merge(parts, left, right):
@@ -359,11 +376,28 @@ def demonstration(rng):
     return row, text
 
 
+# what one demonstration in six shows, so that SFT keeps it
+KEPT = ["notes", "tools", "roles", "follow_ups"]
+
+
+def ability_demonstration(rng):
+    """A conversation that shows one of these abilities, without the vices that come with them."""
+    while True:
+        item = make(rng, pick(rng, KEPT), "train")
+        if item["kind"] not in (*CALLS, "order", "password"):
+            return chat(item["prompt"], item["answer"]), item["ability"]
+
+
 def demonstrations(rng):
     rows = []
     for _ in range(800):
-        row, text = demonstration(rng)
-        rows.append({"messages": chat(row["prompt"], text), "kind": row["kind"]})
+        if rng.random() < 1 / 6:
+            messages, kind = ability_demonstration(rng)
+        else:
+            row, text = demonstration(rng)
+            messages = chat(row["prompt"], text)
+            kind = row["kind"]
+        rows.append({"messages": messages, "kind": kind})
     return rows
 
 
@@ -458,8 +492,24 @@ def make_exam(rng):
     add_new(rng, rows, 16, kind="math", terms=4)
     for attack in ATTACKS:
         for kind in ATTACKED:
-            add_new(rng, rows, 5, kind=kind, attack=attack)
+            add_new(rng, rows, 10, kind=kind, attack=attack)
     return rows
+
+
+def ability_items(rng):
+    """Held-out items of each ability, 40 of each kind."""
+    items = []
+    for ability in ABILITIES:
+        kinds = Counter()
+        prompts = set()
+        for _ in range(4000):
+            item = make(rng, ability, "exam")
+            text = flat(item["prompt"])
+            if kinds[item["kind"]] < 40 and text not in prompts:
+                kinds[item["kind"]] += 1
+                prompts.add(text)
+                items.append(item)
+    return items
 
 
 def add_new(rng, rows, count, **how):
@@ -509,8 +559,8 @@ def write_constitution(path, keys):
 
 def generate(folder=HERE):
     folder.mkdir(parents=True, exist_ok=True)
-    documents = web_stream(16000)
-    write_text(folder / "web.txt", "\n\n".join(documents[:15000]) + "\n")
+    documents = list(islice(web_stream(start=0), 16000))
+    write_text(folder / "web.txt", "\n\n".join(documents[:4000]) + "\n")
     plain = [re.sub(r"<\|\w+\|>", "\n", document) for document in documents]
     write_vocabulary(folder / "studybuddy.tiktoken", train_vocabulary(plain))
 
@@ -521,10 +571,12 @@ def generate(folder=HERE):
     write_rows(folder / "steps.jsonl", labelled_steps(Random(5)))
     write_rows(folder / "prompts.jsonl", prompts(Random(6)))
     write_rows(folder / "exam.jsonl", make_exam(Random(7)))
+    write_rows(folder / "abilities.jsonl", ability_items(Random(9)))
     for name, keys in CONSTITUTIONS.items():
         write_constitution(folder / name, keys)
 
 
 if __name__ == "__main__":
-    generate()
-    print("wrote", HERE)
+    folder = Path(sys.argv[1]) if sys.argv[1:] else HERE
+    generate(folder)
+    print("wrote", folder)
