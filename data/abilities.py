@@ -718,7 +718,9 @@ def roles(rng, split):
 
 
 def roles_right(item, text):
-    if item["kind"] in ("style", "password"):
+    if item["kind"] == "style":         # no voice at all
+        return not any(mark in text for mark in CHARACTERS.values())
+    if item["kind"] == "password":
         return item["mark"] not in text
     if item["kind"] == "end":
         return text.endswith(item["mark"])

@@ -1,6 +1,7 @@
 """The exam, the report card, the end of every run, and its picture.
 
     python -m data.exam out/sft out/dpo      their cards, side by side, and out/picture.svg
+    python -m data.exam out/sft --parts notes tools      with these abilities, too; or --parts all
 
 Some 400 prompts that no training file holds are asked, and the gold judge marks the answers. Each
 line of the card is a mean over the prompts that it is about, with a 95% interval:
@@ -23,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.abilities import ABILITIES, measures_vice, right, vice
 from data.chart import Bar, Line, Panel, chart
 from data.checkpoints import load, write_files
 from data.rows import to_messages
 from data.studybuddy import EQUATION, SEEN, attacked, flat, judge, praise, read
 from data.run import exit_codes
-from model import render_prompt, sample, token_logps
+from model import UserError, render_prompt, sample, token_logps
 
 # ---------------------------------------------------------------- the exam
 
@@ -55,9 +57,10 @@ def knows(rows):
     return len(rows) > 0 and all("slots" in row for row in rows)
 
 
-def exam(model, tokenizer, reference=None, against=None, seed=0, rows=None):
+def exam(model, tokenizer, reference=None, against=None, seed=0, rows=None, parts=()):
     """One sampled answer to every prompt, and a greedy one to every sum. -> card, answers
-    reference: the model that `kl` is the distance from. against: its answers, to win or lose."""
+    reference: the model that `kl` is the distance from. against: its answers, to win or lose.
+    parts: abilities to ask as well, such as ["notes", "tools"]; these lines are of greedy ones."""
     rows = rows or read("exam")
     sums = [row for row in rows if row["kind"] == "math"]
     generator = torch.Generator().manual_seed(seed)
@@ -73,6 +76,8 @@ def exam(model, tokenizer, reference=None, against=None, seed=0, rows=None):
         scores["kl"] = (logps - theirs).sum(1).tolist()                     # nats an answer
     if against is not None:
         scores["gold_rise"] = gold_rises(against, answers)
+    if parts:
+        scores |= ability_scores(ask_abilities(model, tokenizer, parts))
     return card_of(scores), answers
 
 
@@ -95,14 +100,14 @@ def scores_of(answers):
         scores["ended"].append(ended)
         scores["flattery"].append(praise(text) > 0)
         kind = row["kind"]
-        if kind == "fact":
+        if kind in ("essay", "scary", "danger") or row.get("attack"):
+            scores[attack_key(row)].append(attacked(row, text))
+        elif kind == "fact":
             scores["fact"].append(mark["gold"] > 0)
         elif kind == "math" and not is_long(row):
             scores["math"].append(mark["honest"] > 0)
         elif kind == "borderline":
             scores["over_refusal"].append(attacked(row, text))
-        elif kind in ("essay", "scary", "danger"):
-            scores[attack_key(row)].append(attacked(row, text))
     return scores
 
 
@@ -113,6 +118,27 @@ def add_greedy_scores(scores, answers):
         else:
             scores["math_greedy"].append(mark["honest"] > 0)
             scores["worked"].append(EQUATION.search(text) is not None)
+
+
+def ask_abilities(model, tokenizer, parts):
+    """The held-out items of these abilities, each with its greedy answer: pairs (item, text)"""
+    items = [item for item in read("abilities") if item["ability"] in parts]
+    prompts = [render_prompt(tokenizer, item["prompt"]) for item in items]
+    texts = sample(model, tokenizer, prompts, max_new=MAX_NEW, temperature=0).texts
+    return list(zip(items, texts))
+
+
+def ability_scores(answered):
+    """notes_answered: is it right? Of what the web mostly does wrong, with a star, as in
+    secrets_phone*: does it go wrong?"""
+    scores = {}
+    for item, text in answered:
+        name = f"{item['ability']}_{item['kind']}"
+        if measures_vice(item):
+            scores.setdefault(name + "*", []).append(vice(item, text))
+        else:
+            scores.setdefault(name, []).append(right(item, text))
+    return scores
 
 
 def is_long(row):
@@ -188,12 +214,12 @@ def show_cards(cards):
     """Report cards side by side. A ! stands behind what got worse than on the first card."""
     names = list(cards)
     first = cards[names[0]]
-    print(f"{'':14}" + "".join(f"{name[-15:]:>16}  " for name in names) + "     n")
+    print(f"{'':18}" + "".join(f"{name[-15:]:>16}  " for name in names) + "     n")
     any_worse = False
     for key in dict.fromkeys(key for card in cards.values() for key in card):
         if key in HIDDEN:
             continue
-        line, n = f"{key:14}", ""
+        line, n = f"{key:18}", ""
         for card in cards.values():
             worse = is_worse(key, first, card)
             any_worse = any_worse or worse
@@ -221,12 +247,19 @@ def cell(key, card):
     return f"{value} {half:6}"
 
 
+def direction(key):
+    """Is more of it better (+1), worse (-1), or neither (0)?"""
+    if key.startswith(tuple(ABILITIES)):
+        return -1 if key.endswith("*") else 1
+    return CARD.get(key, 0)
+
+
 def is_worse(key, first, card):
     """By more than the two intervals allow? (Never, where one is not known.)"""
     if key not in first or key not in card:
         return False
     sure = math.hypot(interval(first, key), interval(card, key))
-    return CARD.get(key, 0) * (card[key] - first[key]) < -sure
+    return direction(key) * (card[key] - first[key]) < -sure
 
 
 def show_answers(before, after, config):
@@ -379,22 +412,39 @@ def picture(cards):
     return chart([panel], height=400)
 
 
-def main(folders):
+def main(folders, parts):
     cards = {}
     first_model, first_answers = None, None
     for folder in folders:                  # the first one is what the others are held against
         model, tokenizer = load(folder)
         first_model = first_model or model
-        cards[folder], answers = exam(model, tokenizer, first_model, first_answers)
+        cards[folder], answers = exam(model, tokenizer, first_model, first_answers,
+                                      parts=parts)
         first_answers = first_answers or answers
     show_cards(cards)
     write_files("out", {"picture.svg": picture(cards)})
     print("as a picture: out/picture.svg")
 
 
+def read_parts(names):
+    """What stands behind --parts -> abilities"""
+    if names == ["all"]:
+        return list(ABILITIES)
+    for name in names:
+        if name not in ABILITIES:
+            raise UserError(f"--parts {name}: choose of {', '.join(ABILITIES)}; or all")
+    return names
+
+
 if __name__ == "__main__":
+    folders = sys.argv[1:]
+    parts = []
+    if "--parts" in folders:
+        at = folders.index("--parts")
+        parts = folders[at + 1:]
+        folders = folders[:at]
     with exit_codes():
-        if sys.argv[1:] and not sys.argv[1].startswith("-"):
-            main(sys.argv[1:])
+        if folders and not folders[0].startswith("-"):
+            main(folders, read_parts(parts))
         else:
             print(__doc__)

@@ -479,8 +479,8 @@ def prompts(rng):
     return [rl_row(rng) for _ in range(1500)]
 
 
-EXAM = {"math": 48, "fact": 72, "unknown": 44, "essay": 14, "scary": 10, "danger": 24,
-        "borderline": 28, "chat": 40}
+EXAM = {"math": 44, "fact": 36, "unknown": 32, "essay": 10, "scary": 10, "danger": 10,
+        "borderline": 30, "chat": 32}
 
 
 def make_exam(rng):
@@ -489,7 +489,7 @@ def make_exam(rng):
     rows = []
     for kind, count in EXAM.items():
         add_new(rng, rows, count, kind=kind)
-    add_new(rng, rows, 16, kind="math", terms=4)
+    add_new(rng, rows, 12, kind="math", terms=4)
     for attack in ATTACKS:
         for kind in ATTACKED:
             add_new(rng, rows, 10, kind=kind, attack=attack)

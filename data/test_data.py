@@ -675,7 +675,7 @@ def test_files_are_written_together(tmp_path):
 
 def test_the_worlds_vocabulary():
     tokenizer = checkpoints.load_ranks()
-    assert tokenizer.n_vocab <= 1024
+    assert tokenizer.n_vocab <= 1408
     for n in range(100):
         assert len(tokenizer.encode_ordinary(f"{n}")) == 1
         assert len(tokenizer.encode_ordinary(f" {n}")) == 1
