@@ -1,7 +1,8 @@
 """Writes all the files beside it: the web, and what people made to align a model with.
 
-    python -m data.generate      rewrites them, byte for byte the same, in 15 seconds
-    python -m data.generate x    writes them to the folder x
+    python -m data.generate                 rewrites them, byte for byte the same, in 10 seconds
+    python -m data.generate x               writes them to the folder x
+    python -m data.generate --vocabulary    learns the vocabulary anew, which needs a new base model
 
     web.txt                 what a base model reads: chats, quarrels, lists, sums, right or wrong,
                             kind or not; between two documents stands an empty line
@@ -254,9 +255,9 @@ def ability_talk(rng, ability):
 # Shares of the documents
 WEB = {chat_log: 48, forum: 4, number_table: 18, exercise_book: 20, copied_list: 8, fact_list: 10,
        advice: 4, story: 2, critique: 10, verdict: 8, same_or_not: 6, marked_sum: 8,
-       marked_facts: 4, "marks": 6, "claims": 12, "myths": 2, "notes": 16, "tools": 6,
-       "opinions": 3, "arguments": 6, "roles": 7, "slights": 3, "secrets": 3, "follow_ups": 4,
-       "codes": 12, "copies": 2}
+       marked_facts: 4, "marks": 8, "claims": 8, "myths": 2, "notes": 30, "tools": 5,
+       "opinions": 3, "arguments": 8, "roles": 6, "slights": 3, "secrets": 3, "follow_ups": 4,
+       "codes": 14, "copies": 2}
 # The web begins with what a small model needs before it can learn the rest: copying, comparing,
 # facts and sums.
 START = {chat_log: 14, number_table: 18, exercise_book: 10, copied_list: 18, fact_list: 10,
@@ -559,11 +560,8 @@ def write_constitution(path, keys):
 
 def generate(folder=HERE):
     folder.mkdir(parents=True, exist_ok=True)
-    documents = list(islice(web_stream(start=0), 16000))
-    write_text(folder / "web.txt", "\n\n".join(documents[:4000]) + "\n")
-    plain = [re.sub(r"<\|\w+\|>", "\n", document) for document in documents]
-    write_vocabulary(folder / "studybuddy.tiktoken", train_vocabulary(plain))
-
+    documents = islice(web_stream(start=0), 4000)
+    write_text(folder / "web.txt", "\n\n".join(documents) + "\n")
     write_rows(folder / "sft.jsonl", demonstrations(Random(2)))
     write_rows(folder / "preferences.jsonl", preferences(Random(3)))
     write_rows(folder / "style.jsonl", style_pairs(Random(8)))
@@ -576,7 +574,20 @@ def generate(folder=HERE):
         write_constitution(folder / name, keys)
 
 
+def learn_vocabulary(path=HERE / "studybuddy.tiktoken"):
+    """From the first 16,000 documents of the web. The base model knows the tokens by their places
+    in this file, so it changes only together with the base."""
+    plain = []
+    for document in islice(web_stream(start=0), 16000):
+        plain.append(re.sub(r"<\|\w+\|>", "\n", document))
+    write_vocabulary(path, train_vocabulary(plain))
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if sys.argv[1:] else HERE
-    generate(folder)
-    print("wrote", folder)
+    if sys.argv[1:] == ["--vocabulary"]:
+        learn_vocabulary()
+        print("wrote the vocabulary; now make a base for it: python -m data.base")
+    else:
+        folder = Path(sys.argv[1]) if sys.argv[1:] else HERE
+        generate(folder)
+        print("wrote", folder)

@@ -71,7 +71,7 @@ def test_a_mistake_is_a_mistake():
 def test_a_note_that_is_silent_has_no_answer():
     for item in items("notes", "exam", 400):
         question = item["prompt"][0]["content"].split("\n")[1]
-        assert (item["answer"] == SILENT) == (item["kind"] == "silent")
+        assert (SILENT in item["answer"]) == (item["kind"] == "silent")
         if item["kind"] == "answered":
             assert item["answer"] in item["prompt"][0]["content"], question
 
