@@ -101,8 +101,8 @@ class Draft:
     prompt: rows.Prompt
     first: str               # what the model said at first
     text: str                # what it is now
-    order: list = None       # the principles, as they are tried on it
     flaws: list = field(default_factory=list)   # (principle, critique, revision) of each round
+    order: list = None       # the principles, as they are tried on it
 
 
 def turns(prompt, *texts):

@@ -240,7 +240,7 @@ class Prompt(NamedTuple):
     row: dict                # its line of JSON
 
 
-def read_prompts(config, tokenizer, context):
+def read_prompts(config, tokenizer, context, want_numbers=True):
     """Prompts with an answer to check; where lines have a kind, those of kind math. Duplicates are
     dropped. -> to learn from, held out"""
     prompts = {}
@@ -255,6 +255,8 @@ def read_prompts(config, tokenizer, context):
                             f"{config.max_new} it does not fit the model's {context}")
         text = line.messages[-1]["content"]
         truth = str(line.row["answer"]).replace(",", "")
+        if want_numbers and re.fullmatch(NUMBER, truth) is None:
+            raise UserError(f'{line.where}: "answer" is {rows.show(truth)}; want a number')
         prompts[str(line.messages)] = Prompt(ids, text, truth, line.row)
     return hold_out(list(prompts.values()), most=48)
 
@@ -348,7 +350,9 @@ def train(config, reward=None):
     add_lora(policy, config.lora)
     optimizer = adamw(policy, config.lr)
 
-    prompts, held = read_prompts(config, tokenizer, policy.config.max_len)
+    context = policy.config.max_len
+    want_numbers = reward in VERIFIERS.values()     # a reward of your own may read anything
+    prompts, held = read_prompts(config, tokenizer, context, want_numbers)
     stream = batches(prompts, None, config.batch, torch.Generator().manual_seed(config.seed))
     generator = torch.Generator().manual_seed(config.seed + RANK)  # of the answers
 

@@ -426,7 +426,8 @@ def train(config, score=None):
         clipped = (rho - 1).abs() > config.eps
         if step == 0:
             show_shortest(samples, rewards, values, returns, advantages, tokenizer, config)
-            config.say(f"first ratio {ratios[0].mean():.3f}, KL {abs(kl):.3f}: nothing moved yet")
+            largest = (ratios[0] - 1).abs().max()       # their mean would be 1 whoever scored them
+            config.say(f"first ratios 1 +- {largest:.3f}, KL {abs(kl):.3f}: nothing moved yet")
         watched = {}
         if world:
             watched["gold"] = gold_of(batch, samples)

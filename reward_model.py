@@ -157,7 +157,8 @@ def hold_out_prompts(comparisons, every):
         number = zlib.crc32(studybuddy.flat(comparison.prompt).encode())
         (held if number % every == 0 else train).append(comparison)
     if not train or not held:
-        raise UserError(f"{len(comparisons)} rows: too few to hold out one prompt in {every}")
+        raise UserError(f"--data: {len(comparisons)} rows are too few to hold out one prompt in "
+                        f"{every}")
     return train, held
 
 
@@ -369,6 +370,9 @@ def train(config):
     optimizer = adamw(model, config.lr)
 
     comparisons, held = read_comparisons(config, tokenizer, model.config.max_len)
+    if config.kind == "multi":
+        for comparison in comparisons:
+            marks(comparison)               # complains where there are none
     lengths = [longest(comparison) for comparison in comparisons]
     stream = batches(comparisons, lengths, config.batch, torch.Generator().manual_seed(config.seed))
 

@@ -22,6 +22,7 @@ import functools
 import json
 import math
 import os
+import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -228,7 +229,7 @@ def check_device(device):
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
+        reason = textwrap.shorten(str(error), 100, placeholder=" ...")
         raise UserError(f"--device {device} cannot be used ({reason})") from None
 
 

@@ -158,6 +158,11 @@ def is_margin(value):
     return is_number(value) and value >= 0
 
 
+def is_attack(value):
+    """true or false, or a text that is not blank"""
+    return isinstance(value, bool) or is_text(value)
+
+
 def is_label(value):
     """0, 1, true or false"""
     return value in (0, 1)
@@ -374,9 +379,10 @@ def as_ranking(line):
 def as_prompt(line):
     """Beside its prompt a row can name its kind, its kind of attack, and the right answer."""
     where, row = line
-    for name in ("kind", "attack"):
-        if stands(row, name):
-            field(row, name, is_text, where)
+    if stands(row, "kind"):
+        field(row, "kind", is_text, where)
+    if stands(row, "attack"):
+        field(row, "attack", is_attack, where)
     if stands(row, "answer"):
         field(row, "answer", is_text_or_number, where)
     return Prompt(prompt_of(row, where), row, where)

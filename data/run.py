@@ -37,6 +37,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -44,6 +45,7 @@ import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
 
+from data.checkpoints import check_device
 from model import BF16, UserError
 
 if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
@@ -85,8 +87,8 @@ class Settings:
             if isinstance(value, str) or value is None:
                 continue
             if not (least <= value <= most and math.isfinite(value)):
-                upto = "" if most == math.inf else f" and at most {most}"
                 flag = field.name.replace("_", "-")
+                upto = "" if most == math.inf else f" and at most {most}"
                 raise UserError(f"--{flag} {value}: want a number of at least {least}{upto}")
 
     def say(self, text=""):
@@ -97,6 +99,10 @@ class Settings:
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
+
+    def exit(self, status=0, message=None):
+        sys.stdout.flush()              # --help | head -1: exit_codes() hears of a closed pipe
+        super().exit(status, message)
 
 
 def parse(Config, doc, argv=None):
@@ -118,7 +124,11 @@ def parse(Config, doc, argv=None):
         if field.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         group.add_argument(*names, default=field.default, help=text.replace("%", "%%"), **kind)
-    return Config(**vars(parser.parse_args(argv)))
+    config = Config(**vars(parser.parse_args(argv)))
+    for field in dataclasses.fields(Config):
+        if getattr(config, field.name) == "" and field.default != "":
+            raise UserError(f'--{field.name} "": want a text that is not empty')
+    return config
 
 
 def main(Config, train, doc):
@@ -151,8 +161,9 @@ def exit_codes():
 
 
 def begin(config):
-    """The first line of every train(): seeds, and makes sure that --out can be written, before any
-    work is done. -> the time, to tell later how long it took"""
+    """The first line of every train(): seeds, and makes sure of --device and --out before any work
+    is done. -> the time, to tell later how long it took"""
+    check_device(config.device)
     torch.manual_seed(config.seed)
     BF16.discard("cpu")
     if config.bf16:
@@ -160,14 +171,22 @@ def begin(config):
         if config.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             config.say("--bf16: this processor has no instructions for it, so it will be slow")
     if config.save:
-        try:
-            Path(config.out).mkdir(parents=True, exist_ok=True)
-            with open(Path(config.out, ".can-be-written"), "w"):
-                pass
-            os.remove(Path(config.out, ".can-be-written"))
-        except OSError as error:
-            raise UserError(f"--out {config.out}: cannot write there ({error.strerror})") from None
+        check_out(config.out)
     return time.time()
+
+
+def check_out(out):
+    """Could the folder be made, and be written? It is tried beside it, and nothing is left behind:
+    a run that ends at once, at a typo in its data, has made no folder."""
+    folder = Path(out)
+    there = folder
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=there) as beside:
+            Path(beside, folder.relative_to(there)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot write there ({error.strerror})") from None
 
 
 def need(folder, command, seconds):
@@ -208,7 +227,7 @@ def hold_out(rows, most=128):
     """Every k-th row is held out: a quarter of few rows, about `most` of many. -> rows to learn
     from, rows held out"""
     if len(rows) < 2:
-        raise UserError(f"{len(rows)} rows: want at least 2, as one is held out")
+        raise UserError(f"--data: {len(rows)} rows; want at least 2, as one is held out")
     every = max(2, min(len(rows), max(4, len(rows) // most)))
     train = [row for i, row in enumerate(rows) if i % every != 0]
     return train, rows[::every]

@@ -1066,7 +1066,7 @@ VALUES = {"null": None, "true": True, "false": False, "zero": 0, "one": 1, "numb
           "role": {"role": "user"}, "content": [{"content": "x"}], "words": [["x"], ["y"]]}
 FINE = {"prompt": ["text"],
         "answer": ["null", "empty", "text", "zero", "one", "number", "negative", "fraction"],
-        "kind": ["null", "empty", "text"], "attack": ["null", "empty", "text"],
+        "kind": ["null", "empty", "text"], "attack": ["null", "true", "false", "empty", "text"],
         "completion": ["text"], "response": ["text"], "chosen": ["text"], "rejected": ["text"],
         "label": ["true", "false", "zero", "one"],
         "margin": ["null", "empty", "zero", "one", "number", "fraction"],
@@ -1864,6 +1864,57 @@ def test_running_mean_by_hand():
     values = [float(i) for i in range(20)]                      # of the last two
     assert E.running_mean(values)[:3] == [0.0, 0.5, 1.5]
     assert E.running_mean([3.0, 1.0]) == [3.0, 1.0]
+
+
+# ---------------------------------------------------------------- what a run makes sure of before it works
+
+def test_a_run_that_ends_at_once_has_made_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    house.begin(house.Settings(out="new/run", quiet=True))
+    house.begin(house.Settings(out=str(tmp_path), quiet=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "x" * 300, "pipe", "lost"])
+def test_where_a_run_cannot_write(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    os.symlink("nowhere", tmp_path / "lost")
+    there = sorted(tmp_path.iterdir())
+    text = complaint(house.begin, house.Settings(out=out, quiet=True))
+    assert text.startswith(f"--out {out}: cannot write there (")
+    assert sorted(tmp_path.iterdir()) == there
+
+
+@pytest.mark.parametrize("name", ["init", "device"])
+def test_a_text_that_is_empty_is_no_setting(name):
+    flags = [f"--{name}", ""]
+    assert complaint(house.parse, house.Settings, "doc", flags).startswith(f'--{name} "": ')
+
+
+def test_an_empty_text_can_be_a_default():
+    assert house.Settings(data="").data == ""
+
+
+@pytest.mark.parametrize("device", ["meta", "text", "cuda:99", "mps"])
+def test_a_device_that_is_not_there_is_named_before_any_work(tmp_path, device):
+    config = house.Settings(device=device, out=str(tmp_path / "out"), quiet=True)
+    text = complaint(house.begin, config)
+    assert text.startswith(f"--device {device} ") and len(text) < 200
+
+
+def test_help_into_a_closed_pipe_says_nothing():
+    env = os.environ | {"PYTHONUNBUFFERED": "", "PYTHONPATH": str(HERE)}
+    program = "from data.run import *; main(Settings, print, 'doc')"
+    help = subprocess.Popen([sys.executable, "-c", program, "--help"], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    help.stdout.close()
+    assert help.communicate()[1] == "" and help.returncode == 1
+
+
+def test_too_few_rows_name_the_flag():
+    assert complaint(house.hold_out, ["one"]).startswith("--data: 1 rows; ")
 
 
 # ---------------------------------------------------------------- pictures

@@ -17,11 +17,11 @@ A first table shows what choosing buys before any training: the judge's score, a
 control, one from random ones. The control trains as long, on words of the same model, but nobody
 has chosen them.
 
-    python -m lessons.best_of     1.5 minutes; 8 answers to 512 prompts, chosen by out/reward_model
+    python -m lessons.best_of     two minutes; 16 answers to 256 prompts, chosen by out/reward_model
     python sft.py --init out/sft --data out/best_of/best.jsonl --out out/mine      learn from them
 
 Simplified: one round. Llama 2 went through several and kept the best of them all.
-Try next: --n 2 and --n 16; train(config, score=...) with a function that counts words.
+Try next: --n 2 and --n 64; train(config, score=...) with a function that counts words.
 """
 import json
 import math
@@ -32,25 +32,26 @@ import torch
 
 import sft
 from data import exam, rows, studybuddy
+from data.chart import Panel, chart
 from data.checkpoints import load, load_scalar, write_files
-from data.run import Log, Settings, begin, main, need, parts
+from data.run import Log, Settings, begin, need, parts
+from lessons import figures
 from model import collate, end_scores, render_answer, render_prompt, sample
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(figures.Lesson):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt"
     out: str = "out/best_of"  # write here: the answers that were kept, and the model of the best
     steps: int = 60           # optimiser steps
     batch: int = 64           # conversations a step
     lr: float = 5e-4          # peak learning rate
     judge: str = "out/reward_model"  # folder of the reward model that chooses
-    n: int = 8                # answers to each prompt
-    prompts: int = 512        # so many prompts
+    n: int = 16               # answers to each prompt
+    prompts: int = 256        # so many prompts
     max_new: int = 72         # longest answer in tokens
-    quick: bool = False       # few prompts and steps, to see that it runs
 
-    limits = Settings.limits | {"n": (1, 1000), "prompts": (4, 100_000)}
+    limits = figures.Lesson.limits | {"n": (1, 1000), "prompts": (4, 100_000)}
 
 
 # ---------------------------------------------------------------- the maths
@@ -191,7 +192,8 @@ def train(config, score=None):
     for name, places in kept.items():
         write_answers(f"{config.out}/{name}.jsonl", prompts, texts, ended, places, config)
     if not world:
-        return {"curve": curve}     # python sft.py --data learns from them; here is no exam for it
+        # python sft.py --data learns from them; here is no exam for it
+        return {"curve": curve, "numbers": numbers_of(curve, {})}
 
     # 4 learn
     control = learn_from(f"{config.out}/random.jsonl", config, save=False)
@@ -210,8 +212,41 @@ def train(config, score=None):
     targets = [exam.Target("gold", cards["random"]["gold"] + 0.08)]
     results = exam.finish("best_of", config, started, log, cards["before"], cards["best"], targets,
                           cards=cards, curve=curve)
-    return run | results
+    return run | results | {"numbers": numbers_of(curve, cards)}
+
+
+# ---------------------------------------------------------------- the figure
+
+def numbers_of(curve, cards):
+    """What choosing buys, a list over N for each column; and gold of the models."""
+    numbers = {}
+    for key in curve[0]:
+        numbers[key] = [line[key] for line in curve]
+    numbers["models"] = {}
+    for name, card in cards.items():
+        numbers["models"][name] = card["gold"]
+    return numbers
+
+
+def picture(runs):
+    """Gold over N, of the best answers and of random ones; then of who learned from them."""
+    lines = []
+    for name, key in {"the best": "gold", "a random one": "random"}.items():
+        lines.append(figures.line(name, runs[0]["n"], [numbers[key] for numbers in runs]))
+    panels = [Panel("To choose is to improve", "N answers to choose from (log scale)",
+                    "gold of what is kept", lines, scale="log")]
+    if runs[0]["models"]:
+        bars = []
+        for name in runs[0]["models"]:
+            golds = [numbers["models"][name] for numbers in runs]
+            bars.append(figures.bar(LABELS[name], {"gold": golds}))
+        panels.append(Panel("To learn what was chosen", "after SFT on the answers kept", bars=bars,
+                            limits=(0, 1)))
+    return chart(panels, height=280)
+
+
+LABELS = {"before": "before", "random": "random answers", "best": "the best of N"}
 
 
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("best_of", Config, train, picture, __doc__)

@@ -623,6 +623,8 @@ def tests_of(file):
         return ["lessons/test_lessons.py"]
     if file in ("data/studybuddy.py", "data/generate.py", "data/base.py"):
         return ["data/test_world.py"]
+    if file in ("data/run.py", "data/abilities.py"):
+        return [f"data/test_{Path(file).name}"]
     if file.startswith("data/"):
         return ["data/test_data.py"]
     section = ""

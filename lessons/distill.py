@@ -22,21 +22,22 @@ it also learns what to do after its own mistakes.
 Try next: --teacher out/grpo, and look at math; --init out/sft.
 """
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 import sft
 from data import exam, rows
+from data.chart import Panel, chart
 from data.checkpoints import load, save
+from data.run import (Log, adamw, add_lora, batches, begin, clip_gradients, hold_out, merge_lora,
+                      need, parts, steps)
+from lessons import figures
 from lessons.best_of import ask, learn_from, show_models, write_answers
-from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, hold_out,
-                      main, merge_lora, need, parts, steps)
 from model import UserError
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(figures.Lesson):
     init: str = "data/base"   # the student starts from this model folder
     teacher: str = "out/dpo"  # folder of the model to learn from
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt"
@@ -45,9 +46,8 @@ class Config(Settings):
     batch: int = 64           # conversations a step
     prompts: int = 512        # so many prompts
     max_new: int = 72         # longest answer in tokens
-    quick: bool = False       # few prompts and steps, to see that it runs
 
-    limits = Settings.limits | {"prompts": (4, 100_000)}
+    limits = figures.Lesson.limits | {"prompts": (4, 100_000)}
 
 
 # L = 1/N sum_n KL(p_T || p_S) = 1/N sum_n sum_v p_T(v) [log p_T(v) - log p_S(v)]
@@ -117,7 +117,10 @@ def train(config):
     log = learn_distribution(student, teacher, path, tokenizer, config)
     if config.save:
         save(config.out, student, tokenizer)
-    learned = {"model": student, "tokenizer": tokenizer, "log": log.rows}
+    numbers = {"cards": {}}
+    for name, rows_of_log in {"samples": run["log"], "distribution": log.rows}.items():
+        numbers[name] = exam.running_mean([row["loss"] for row in rows_of_log])
+    learned = {"model": student, "tokenizer": tokenizer, "log": log.rows, "numbers": numbers}
     if not exam.knows([prompt.row for prompt in prompts]):
         return learned
 
@@ -131,11 +134,36 @@ def train(config):
         cards[name], taken[name] = exam.exam(model, tokenizer, teacher, seed=config.seed)
     exam.show_answers(taken["before"], taken["distribution"], config)
     show_models(cards, config)
+    for name, card in cards.items():
+        numbers["cards"][name] = {key: card[key] for key in SHOWN}
     targets = [exam.Target("gold", cards["teacher"]["gold"] - 0.05)]
     results = exam.finish("distill", config, started, log, cards["before"], cards["distribution"],
                           targets, cards=cards)
     return results | learned
 
 
+# ---------------------------------------------------------------- the figure
+
+SHOWN = ("gold", "math", "fact", "harmless")
+
+
+def picture(runs):
+    """The two losses, which have different lowest values; then what teacher and students can do."""
+    lines = []
+    for name in "samples", "distribution":
+        curves = [numbers[name] for numbers in runs]
+        lines.append(figures.line(name, range(len(curves[0])), curves))
+    panels = [Panel("A sample, or all that was expected", "step", "loss, nats a token", lines)]
+    if runs[0]["cards"]:
+        bars = []
+        for key in SHOWN:
+            values = {}
+            for name in runs[0]["cards"]:
+                values[name] = [numbers["cards"][name][key] for numbers in runs]
+            bars.append(figures.bar(key, values))
+        panels.append(Panel("Teacher and students", "", bars=bars, limits=(0, 1)))
+    return chart(panels, height=280)
+
+
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("distill", Config, train, picture, __doc__)

@@ -2,11 +2,13 @@
 
 A reward model knows which answers annotators preferred, among answers that nobody had tuned to
 please it. A policy that climbs its score leaves these behind and finds others: those that the
-reward model overrates. So the score rises on, and the truth turns. What holds the policy back is
-beta, the price of distance, and how far it went is the KL (Gao et al. 2023, 2210.10760).
+reward model overrates. So the score rises on, and the truth turns. How far the policy went is the
+KL from where it began (Gao et al. 2023, 2210.10760). Three cures, none of which knows the truth:
 
-In this world the truth is known, so one can watch it turn. Elsewhere it is not. So there are
-alarms, which look at the answers alone, and the question is how good these were when one rang:
+    a price    beta, what a nat of distance costs (ppo.py's leash)
+    doubt      three judges, each from another seed; the least of their scores counts (Coste et al.
+               2023, 2310.02743): where they disagree, somebody has been fooled
+    an alarm   stop when the answers look strange, in one of four ways:
 
     kl         to choose the best of n answers takes log n - (n - 1)/n nats (Stiennon et al. 2020,
                2009.01325): beyond n = 100 these are answers that the reference hardly ever gives
@@ -17,8 +19,12 @@ alarms, which look at the answers alone, and the question is how good these were
 By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A share of 64 prompts moves by luck, one
 deviation, by 0.5 / sqrt(64) = 0.06 at most. An alarm wants five of them.
 
-    python -m lessons.goodhart                           on a leash, and without one
-    python -m lessons.goodhart --betas "0.3 0.1 0.03 0"  more prices of distance
+    python -m lessons.goodhart      five minutes: five prices, and three judges at the price 0;
+                                    two minutes more where the two extra judges have to be made
+    python -m lessons.goodhart --betas "0.1 0" --judges 1      the leash of ppo.py, and none
+
+The picture puts judge and truth on one scale: `liked` is how often the judge would prefer an answer
+to an average one of the start, sigma(score - score at the start).
 
 Simplified: RLOO in place of PPO, as it is faster and falls for the same things (--algorithm ppo).
 Try next: --steps 160; --lr 5e-4; --reward with another reward model, whose weak spots are others.
@@ -26,27 +32,37 @@ Try next: --steps 160; --lr 5e-4; --reward with another reward model, whose weak
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 import ppo
+import reward_model
 from data import exam
+from data.chart import Line, Panel, chart
 from data.checkpoints import load
-from data.run import Settings, begin, main, need
+from data.run import begin, need
+from lessons import figures
 from model import UserError
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(figures.Lesson):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt", of our world
     steps: int = 80           # batches of answers, for each beta
     batch: int = 64           # answers a step
     lr: float = 1e-3          # peak learning rate: twice ppo.py's, to see sooner what comes
     algorithm: str = "rloo"   # or reinforce, or ppo
     reward: str = "out/reward_model"  # the proxy
-    betas: str = "0.1 0"      # prices of a nat of distance, one run each
-    quick: bool = False       # 10 steps, to see that it runs
+    betas: str = "0.3 0.1 0.03 0.01 0"  # prices of a nat of distance, one run each
+    judges: int = 3           # of the run with doubt (1: no such run)
     save: bool = False        # the models are not kept
+
+
+SHARED = ("init", "data", "reward", "steps", "batch", "lr", "seed", "device", "algorithm")
+FREE = "beta 0"               # the names of three runs: without a leash,
+PRICE = f"beta {ppo.Config.beta}"   # on ppo.py's,
+DOUBT = "doubt"               # and without one, but with three judges
 
 
 # ---------------------------------------------------------------- what needs no truth
@@ -118,13 +134,33 @@ def first_alarm(table):
 # ---------------------------------------------------------------- the experiment
 
 def settings_of(config, beta):
-    return ppo.Config(init=config.init, data=config.data, reward=config.reward, steps=config.steps,
-                      batch=config.batch, lr=config.lr, seed=config.seed, device=config.device,
-                      algorithm=config.algorithm, beta=beta, save=False, quiet=True)
+    settings = {}
+    for name in SHARED:
+        settings[name] = getattr(config, name)
+    return ppo.Config(**settings, beta=beta, save=False, quiet=True)
 
 
-def start_of(config, count):
-    """Signals of what the reference answers, before anything is climbed"""
+def load_judges(config, count):
+    """The reward model, and others that learned the same pairs from another seed. -> scores of
+    texts, one function for each"""
+    _, tokenizer = load(config.init)
+    folders = [config.reward]
+    for seed in range(1, count):
+        folder = f"{config.reward}_{seed}"
+        if not Path(folder, "config.json").exists():
+            config.say(f"{folder} not found: reward_model.py from seed {seed} makes it first")
+            reward_model.train(reward_model.Config(init=config.init, seed=seed, out=folder,
+                                                   device=config.device, quiet=True))
+        folders.append(folder)
+    judges = []
+    for folder in folders:
+        settings = replace(settings_of(config, beta=0.0), reward=folder)
+        judges.append(ppo.score_by(ppo.load_reward_model(settings, tokenizer), tokenizer))
+    return judges
+
+
+def start_of(config, count, judge):
+    """What the reference answers, before anything is climbed: its signals, score and gold"""
     settings = settings_of(config, beta=0.0)
     policy, tokenizer = load(config.init, config.device)
     prompts, _ = ppo.read_prompts(settings, tokenizer, policy.config.max_len)
@@ -135,24 +171,53 @@ def start_of(config, count):
     asked = [prompts[i] for i in order[:count]]
     samples = ppo.draw_answers(policy, asked, tokenizer, settings, generator)
     length = samples.answer.sum(1).float().mean().item()
-    return {"length": length} | signals(samples.texts)
+    score = judge([prompt.messages for prompt in asked], samples.texts).mean().item()
+    gold = ppo.gold_of(asked, samples)
+    return {"length": length, "score": score, "gold": gold} | signals(samples.texts)
 
 
-def climb(config, beta):
-    """A run of ppo.py, with its own score to listen in. -> log, texts, scores, step by step"""
-    settings = settings_of(config, beta)
-    _, tokenizer = load(config.init)
-    judge = ppo.score_by(ppo.load_reward_model(settings, tokenizer), tokenizer)
+def climb(config, beta, judges):
+    """A run of ppo.py whose score is the least of the judges', with ears in it. -> its log, the
+    texts of each step, and what the first judge said of them"""
     all_texts = []
     all_scores = []
 
     def score(prompts, texts):
-        scores = judge(prompts, texts)
+        scores = torch.stack([judge(prompts, texts) for judge in judges])   # (judges, B)
         all_texts.append(texts)
-        all_scores.append(scores.tolist())
-        return scores
-    log = ppo.train(settings, score)["log"]
+        all_scores.append(scores[0].tolist())
+        return scores.amin(0)
+    log = ppo.train(settings_of(config, beta), score)["log"]
     return log, all_texts[1:-1], all_scores[1:-1]       # the first and the last are the exam's
+
+
+def add_liked(table, scores, start):
+    """liked = mean sigma(score - score at the start), for each tenth of a run"""
+    size = max(1, len(scores) // 10)
+    for i, now in enumerate(table):
+        step_scores = torch.tensor(scores[i * size:(i + 1) * size])     # (size, B)
+        now["liked"] = torch.sigmoid(step_scores - start["score"]).mean().item()
+
+
+def run(config):
+    """One seed -> what the start was, and a table for each run"""
+    judges = load_judges(config, config.judges)
+    start = start_of(config, 512, judges[0])
+    config.say("at the start: length {length:.2f}, repeated {repeated:.2f}, openings {openings:.2f}"
+               .format(**start))
+    prompts = config.batch // ppo.ALGORITHMS[config.algorithm].group
+    runs = {f"beta {beta}": (float(beta), judges[:1]) for beta in config.betas.split()}
+    if len(judges) > 1:
+        runs[DOUBT] = (0.0, judges)
+    tables = {}
+    for name, (beta, its_judges) in runs.items():
+        log, texts, scores = climb(config, beta, its_judges)
+        tables[name] = tenths(log, texts, start, prompts)
+        add_liked(tables[name], scores, start)
+        config.say(f"\n{name}")
+        show_run(tables[name], config)
+        show_best(texts[-1], scores[-1], config)
+    return start, tables
 
 
 def show_run(table, config):
@@ -175,35 +240,120 @@ def show_best(texts, scores, config):
         config.say(f"{score:15.2f}  {exam.short(text)}")
 
 
+# ---------------------------------------------------------------- what the cures save
+
+def ends_of(tables):
+    """The tenth in which each way ends: with no cure, and with each of them."""
+    free = tables[FREE]
+    ends = {"none": free[-1]}
+    if PRICE in tables:
+        ends["price"] = tables[PRICE][-1]
+    if DOUBT in tables:
+        ends["doubt"] = tables[DOUBT][-1]
+    ends["alarm"] = first_alarm(free) or free[-1]
+    return ends
+
+
+def show_cures(tables, config):
+    """What is lost since the free run's peak. A cure should save half of it. -> lost, by name"""
+    peak = turning_point(tables[FREE])["peak"]
+    lost = {}
+    config.say("\ncure             kl     liked      gold      lost since the peak")
+    for name, end in ends_of(tables).items():
+        lost[name] = peak - end["gold"]
+        line = f"{name:9}"
+        for key in "kl", "liked", "gold":
+            line += f"{end[key]:10.2f}"
+        line += f"{lost[name]:10.2f}"
+        if name != "none" and lost[name] <= lost["none"] / 2:
+            line += "  halved"
+        config.say(line)
+    return lost
+
+
+# ---------------------------------------------------------------- the picture
+
+def brief(now):
+    """What the picture needs of a tenth."""
+    return {key: now[key] for key in ("step", "kl", "score", "liked", "gold")}
+
+
+def path_of(numbers, name, key):
+    """A run of one seed from its start on -> KLs, values of `key`"""
+    kls = [0.0]
+    values = [numbers["start"][key]]
+    for now in numbers["runs"][name]:
+        kls.append(max(now["kl"], 0.0))
+        values.append(now[key])
+    return kls, values
+
+
+def over_seeds(runs, name, key):
+    """A Line: over the mean KL, the mean, the lowest and the highest of `key`"""
+    paths = [path_of(numbers, name, key) for numbers in runs]
+    all_kls = [kls for kls, values in paths]
+    all_values = [values for kls, values in paths]
+    mean_kls = figures.line(name, all_kls[0], all_kls).ys
+    return figures.line(name, mean_kls, all_values)
+
+
+def picture(runs):
+    """What the judge says of a policy that climbs, what is true, and where each cure would have
+    ended. What lies between the curves is what the score no longer means."""
+    name = FREE if FREE in runs[0]["runs"] else list(runs[0]["runs"])[-1]
+    liked = over_seeds(runs, name, "liked")
+    gold = over_seeds(runs, name, "gold")
+    lines = [gold._replace(name="the truth"), liked._replace(name="the judge"), gap(liked, gold)]
+    for other in runs[0]["runs"]:
+        if other not in (name, DOUBT):
+            ends = [numbers["runs"][other][-1] for numbers in runs]
+            lines.append(dot(other, ends))
+    for cure, label in {"doubt": "three judges", "alarm": "an alarm rings"}.items():
+        if cure in runs[0]["ends"]:
+            lines.append(dot(label, [numbers["ends"][cure] for numbers in runs]))
+    title = "The score climbs. The truth turns."
+    x = "how far the policy has gone: KL in nats an answer (root scale)"
+    y = "the judge: how often it likes an answer better than one of the start; the truth: gold"
+    return chart([Panel(title, x, y, lines, scale="root", limits=(0, 1))], height=430)
+
+
+def gap(liked, gold):
+    """A shade from the point on where the judge thinks better of the answers than they are."""
+    first = 0
+    for i in range(len(gold.xs)):
+        if liked.ys[i] < gold.ys[i]:
+            first = i + 1
+    nothing = [math.nan] * len(gold.xs[first:])                 # a shade without a line in it
+    return Line("the judge", gold.xs[first:], nothing, gold.ys[first:], liked.ys[first:],
+                faint=True)
+
+
+def dot(label, ends):
+    """Where a way ends, in the mean over seeds."""
+    kl = max(figures.mean([end["kl"] for end in ends]), 0.0)
+    return figures.line(label, [kl], [[end["gold"]] for end in ends])
+
+
+# ---------------------------------------------------------------- all of it
+
 def train(config):
     begin(config)
     if config.quick:
-        config = replace(config, steps=10)
+        config = replace(config, steps=10, betas="0.1 0", judges=1)
     need(config.init, "python sft.py", 25)
     need(config.reward, "python reward_model.py", 60)
-    start = start_of(config, 512)
-    config.say("at the start: length {length:.2f}, repeated {repeated:.2f}, openings {openings:.2f}"
-               .format(**start))
-    prompts = config.batch // ppo.ALGORITHMS[config.algorithm].group
-    runs = {}
-    for beta in config.betas.split():
-        log, texts, scores = climb(config, float(beta))
-        runs[beta] = tenths(log, texts, start, prompts)
-        config.say(f"\nbeta {beta}")
-        show_run(runs[beta], config)
-        show_best(texts[-1], scores[-1], config)
-    config.say("\n        at the end                         at its best   at the first alarm\n"
-               "  beta        kl     score      gold           gold                 gold")
-    for beta, table in runs.items():
-        last = table[-1]
-        alarm = first_alarm(table)
-        stop = "none rang"
-        if alarm:
-            stop = f"{alarm['gold']:.2f}, step {alarm['step']}"
-        config.say(f"{beta:>6}{last['kl']:10.2f}{last['score']:10.2f}{last['gold']:10.2f}"
-                   f"{turning_point(table)['peak']:15.2f}{stop:>21}")
-    return {"start": start, "runs": runs}
+    start, tables = run(config)
+    numbers = {"start": start | {"liked": 0.5}, "runs": {}, "ends": {}}
+    for name, table in tables.items():
+        numbers["runs"][name] = [brief(now) for now in table]
+    if FREE in tables:
+        turn = turning_point(tables[FREE])
+        numbers |= {"peak": turn["peak"], "end": turn["last"], "rise": turn["rise"]}
+        numbers["lost"] = show_cures(tables, config)
+        for name, end in ends_of(tables).items():
+            numbers["ends"][name] = brief(end)
+    return {"numbers": numbers}
 
 
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("goodhart", Config, train, picture, __doc__)

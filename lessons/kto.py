@@ -25,14 +25,16 @@ import torch
 
 import dpo
 from data import exam, rows
+from data.chart import Panel, chart
 from data.checkpoints import load, save
-from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, hold_out,
-                      main, merge_lora, need, parts, steps)
+from data.run import (Log, adamw, add_lora, batches, begin, clip_gradients, hold_out, merge_lora,
+                      need, parts, steps)
+from lessons import figures
 from model import Example, UserError, collate, render_answer, token_logps
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(figures.Lesson):
     data: str = "data/preferences.jsonl"  # JSON lines: pairs, or answers with a "label"
     out: str = "out/kto"      # write here
     steps: int = 110          # optimiser steps
@@ -41,9 +43,8 @@ class Config(Settings):
     beta: float = 0.5         # the larger, the closer it stays to the reference
     aversion: float = 1.0     # weight of bad answers over good ones, lambda
     share: float = 1.0        # of the good answers, learn from so many
-    quick: bool = False       # 3 steps, to see that it runs
 
-    limits = Settings.limits | {"share": (0.01, 1)}
+    limits = figures.Lesson.limits | {"share": (0.01, 1)}
 
 
 # ---------------------------------------------------------------- data
@@ -201,8 +202,32 @@ def train(config):
         exam.show_answers(old_answers, answers, config)
         target = exam.Target("gold", before["gold"] + 0.03)
     results = exam.finish("kto", config, started, log, before, after, [target])
-    return results | {"model": policy, "tokenizer": tokenizer, "log": log.rows}
+    numbers = {}
+    for key in "good", "bad", "z":
+        numbers[key] = exam.running_mean([row[key] for row in log.rows])
+    for key in "separation", "gold", "kl":
+        if key in after:
+            numbers[key] = {"before": before[key], "after": after[key]}
+    return results | {"model": policy, "tokenizer": tokenizer, "log": log.rows, "numbers": numbers}
+
+
+# ---------------------------------------------------------------- the figure
+
+def picture(runs):
+    """Good and bad answers part, on both sides of z; then what it was good for."""
+    lines = []
+    for key in "good", "bad", "z":
+        curves = [numbers[key] for numbers in runs]
+        lines.append(figures.line(key, range(len(curves[0])), curves))
+    bars = []
+    for key in "separation", "gold":
+        if key in runs[0]:
+            values = {name: [numbers[key][name] for numbers in runs] for name in runs[0][key]}
+            bars.append(figures.bar(key, values))
+    return chart([Panel("Thumbs part the answers", "step (running mean)",
+                        "log pi / pi_ref, nats an answer", lines),
+                  Panel("Before and after", "", bars=bars, limits=(0, 1))], height=280)
 
 
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("kto", Config, train, picture, __doc__)

@@ -28,15 +28,17 @@ import torch
 
 import dpo
 from data import exam, rows
+from data.chart import Panel, chart
 from data.checkpoints import load, load_scalar, save
+from data.run import (RANK, Log, adamw, add_lora, batches, begin, clip_gradients, merge_lora, need,
+                      parts, steps)
+from lessons import figures
 from lessons.best_of import reward
-from data.run import (RANK, Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
-                      merge_lora, need, parts, steps)
 from model import Example, UserError, render_prompt, sample
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(figures.Lesson):
     data: str = "data/preferences.jsonl"  # JSON lines: offline learns pairs, online asks prompts
     out: str = "out/online"   # write here
     steps: int = 110          # optimiser steps
@@ -46,9 +48,8 @@ class Config(Settings):
     judge: str = "out/reward_model"  # folder of the reward model that says what is better
     rounds: int = 0           # answer anew in so many rounds (0: run and compare all)
     max_new: int = 72         # longest answer in tokens
-    quick: bool = False       # 3 steps, to see that it runs
 
-    limits = Settings.limits | {"max_new": (1, 10**6)}
+    limits = figures.Lesson.limits | {"max_new": (1, 10**6)}
 
 
 # ---------------------------------------------------------------- own answers as data
@@ -177,9 +178,27 @@ def train(config, score=None):
     for name, card in cards.items():
         numbers = "{gold:10.2f}{kl:10.2f}{flattery:10.2f}{length:10.2f}".format(**card)
         config.say(f"{name:12}{numbers}".replace("-0.00", " 0.00"))
-    return {"cards": cards, "before": before, "after": cards[name], "model": policy,
-            "tokenizer": tokenizer, "log": log.rows}
+    numbers = {}
+    for name, card in cards.items():
+        numbers[name] = {key: card[key] for key in ("gold", "kl", "flattery", "length")}
+    return {"cards": cards, "before": before, "after": card, "model": policy,
+            "tokenizer": tokenizer, "log": log.rows, "numbers": numbers}
+
+
+# ---------------------------------------------------------------- the figure
+
+def picture(runs):
+    """The same number of pairs, ever fresher: the truth, and the flattery that comes with it."""
+    panels = []
+    for key, title in {"gold": "Fresher pairs: the truth", "flattery": "and the flattery"}.items():
+        dots = []
+        for name in runs[0]:
+            kl = figures.mean([numbers[name]["kl"] for numbers in runs])
+            values = [[numbers[name][key]] for numbers in runs]
+            dots.append(figures.line(name, [max(kl, 0.0)], values))
+        panels.append(Panel(title, "KL, nats an answer (root scale)", key, dots, scale="root"))
+    return chart(panels, height=300)
 
 
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("online", Config, train, picture, __doc__)

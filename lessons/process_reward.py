@@ -14,8 +14,10 @@ solutions by the same loss, the mean over all places « where they are read:
 Labels for steps cost more than labels for results. Are they worth it? The table says whether the
 first wrong step is found, and which of 8 sampled solutions each judge picks.
 
-    python -m lessons.process_reward         data/steps.jsonl -> out/process_reward
+    python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, [?] minutes
 
+Simplified: labels of steps are the world's own, not people's. Who samples until a judge is pleased
+must not ask it as often as he likes: the best of 1,000 finds its blind spots (lessons.goodhart).
 Try next: r.mean() for r.min() in strength(); --data with solutions of your own.
 """
 import re
@@ -27,24 +29,25 @@ from typing import NamedTuple
 import torch
 
 from data import exam, rows
+from data.chart import Panel, chart
 from data.checkpoints import load, save
 from data.studybuddy import RESULT, ask
-from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
-                      merge_lora, need, parts, steps)
+from data.run import (Log, adamw, add_lora, batches, begin, clip_gradients, merge_lora, need, parts,
+                      steps)
+from lessons import figures
 from model import Example, ScalarModel, UserError, collate, render_answer, render_prompt, sample
 from reward_model import calibration_error, hold_out_prompts, outcome_loss
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(figures.Lesson):
     data: str = "data/steps.jsonl"   # JSON lines with "prompt", "steps" and "labels"
     out: str = "out/process_reward"  # write here
     steps: int = 200          # optimiser steps, for each of the two judges
     held: int = 6             # one prompt in so many is held out
     problems: int = 150       # sums of which 8 solutions are sampled
-    quick: bool = False       # a few steps and sums, to see that it runs
 
-    limits = Settings.limits | {"held": (2, 10**9), "problems": (1, 10**6)}
+    limits = figures.Lesson.limits | {"held": (2, 10**9), "problems": (1, 10**6)}
 
 
 class Solution(NamedTuple):
@@ -237,10 +240,32 @@ def train(config):
     after |= best_of(policy, {"outcome": outcome, "process": process}, tokenizer, config)
     if config.save:
         save(config.out, process, tokenizer)
-    targets = [exam.Target("first_wrong", 0.8)]
+    targets = [exam.Target("first_wrong", 0.8), exam.Target("by_process", after["by_majority"])]
     results = exam.finish("process_reward", config, started, log, before, after, targets)
-    return results | {"model": process, "tokenizer": tokenizer}
+    numbers = {"before": before, "after": after}
+    return results | {"model": process, "tokenizer": tokenizer, "numbers": numbers}
+
+
+NAMES = {"random": "any one of 8", "by_majority": "the commonest result",
+         "by_outcome": "the outcome judge's best", "by_process": "the process judge's best",
+         "any": "a right one is there"}
+
+
+def picture(runs):
+    finds, picks = [], []
+    for key, name in {"first_wrong": "finds the first slip", "all_right": "leaves right ones",
+                      "accuracy": "steps it is right about"}.items():
+        values = {}
+        for when in ("before", "after"):
+            values[when] = [run[when][key] for run in runs]
+        finds.append(figures.bar(name, values))
+    for key, name in NAMES.items():
+        picks.append(figures.bar(name, {"after": [run["after"][key] for run in runs]}))
+    return chart([Panel("A judge at every step", "share, before and after training", bars=finds,
+                        limits=(0, 1)),
+                  Panel("Of 8 solutions, which?", "how often it is right", bars=picks,
+                        limits=(0, 1))])
 
 
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("process_reward", Config, train, picture, __doc__)

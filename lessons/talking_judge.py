@@ -13,35 +13,53 @@ than the other, whatever it stands for, so each pair is asked in both orders:
 The margin stands where a reward model has r_chosen - r_rejected, and a liking for A cancels in it;
 the bias is that liking. The report card is that of reward_model.py, to compare.
 
-    python -m lessons.talking_judge          data/preferences.jsonl -> out/talking_judge
+A second judge says first what is wrong with the worse answer, then its letter (Ankner et al. 2024,
+2408.11791). It learns from annotators who said why, and a reason is more than a vote: who voted
+for the worse answer by mistake finds nothing wrong with the other one.
 
+    Question: ... A: The red team wins. B: I don't know. ... Which is better?
+    Nobody can know this, but it sounds sure. B
+
+    L' = L - mean_t log pi(reason_t | question, reason_<t)       the letter is read after the reason
+
+    python -m lessons.talking_judge       data/preferences.jsonl -> out/talking_judge, [?] minutes
+
+Simplified: the simulated annotators' reasons are always true, only their votes are noisy; and one
+reason is said, where Zhang et al. take a vote over many.
 Try next: another PRINCIPLE, before and after training; batch for batch against reward_model.py.
 """
+import re
 from dataclasses import dataclass, replace
 
 import torch
 
 from data import exam
+from data.chart import Panel, chart
 from data.checkpoints import load, save
-from data.studybuddy import COMPARE, flat
-from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
-                      merge_lora, need, parts, steps)
-from model import Example, UserError, collate, render_prompt
+from data.run import (Log, adamw, add_lora, batches, begin, clip_gradients, merge_lora, need, parts,
+                      steps)
+from data.studybuddy import COMPARE, CORE, CRITIQUES, acts_of, broken, flat
+from lessons import figures
+from model import Example, UserError, collate, render_prompt, sample
 from reward_model import flattered, longest, read_comparisons, report
 
 PRINCIPLE = "Choose the better answer for a child."
+# what can be wrong with an answer, the worst first, and how one says it
+FLAWS = {key: CRITIQUES[key][0] for key in ("age", "true", "unsure", "learn")}
+FLAWS |= {"point": "It misses the point.", "curious": CRITIQUES["curious"][0]}
+NOTHING = CRITIQUES[None][0]
+ROOM = 20                     # tokens, for a reason and a letter
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(figures.Lesson):
     data: str = "data/preferences.jsonl"  # JSON lines with "prompt", "chosen" and "rejected"
     out: str = "out/talking_judge"  # write here
     steps: int = 120          # optimiser steps
     held: int = 6             # one prompt in so many is held out
     drop: bool = False        # leave out answers longer than the context (otherwise an error)
-    quick: bool = False       # 3 steps, to see that it runs
 
-    limits = Settings.limits | {"held": (2, 10**9)}
+    limits = figures.Lesson.limits | {"held": (2, 10**9)}
 
 
 # L = - 1/2 [log pi(A | chosen is A) + log pi(B | chosen is B)]
@@ -61,10 +79,10 @@ def generative_margin(logps):
 
 
 def question(tokenizer, prompt, a, b):
-    """Which is better? -> Example, marked at its last token, after which the letter comes."""
+    """Which is better? -> Example, after whose last token the letter comes."""
     text = COMPARE.format(prompt=flat(prompt), a=a, b=b, principle=PRINCIPLE)
     ids = render_prompt(tokenizer, [{"role": "user", "content": text}])
-    return Example(ids, [0] * (len(ids) - 1) + [1])
+    return Example(ids, [0] * len(ids))
 
 
 def in_both_orders(comparisons, tokenizer):
@@ -80,32 +98,100 @@ def in_both_orders(comparisons, tokenizer):
     return asked
 
 
+def fitting(asked, context):
+    return [one for one in asked if longest(one) + ROOM <= context]
+
+
 def read_questions(config, tokenizer, context):
     """-> comparisons to learn from, held out. With both answers, some questions are too long."""
     train, held = read_comparisons(config, tokenizer, context)
     count = len(train) + len(held)
-    train = [one for one in in_both_orders(train, tokenizer) if longest(one) <= context]
-    held = [one for one in in_both_orders(held, tokenizer) if longest(one) <= context]
+    train = fitting(in_both_orders(train, tokenizer), context)
+    held = fitting(in_both_orders(held, tokenizer), context)
     left_out = count - len(train) - len(held)
     if left_out > count / 10:
         raise UserError(f"{config.data}: {left_out} of {count} questions with both answers are "
                         f"longer than the model's {context} tokens; want shorter answers")
     if left_out:
-        config.say(f"{left_out} pairs are left out: with both answers, they are longer than the "
-                   f"model's {context} tokens")
+        config.say(f"{left_out} pairs are left out: with both answers and room for a reason, they "
+                   f"are longer than the model's {context} tokens")
     return train, held
 
 
+# ---------------------------------------------------------------- reasons
+
+def reason_for(row, winner, loser):
+    """What an annotator who voted so can say: the worst flaw that the loser alone has."""
+    kept = flaws(row, loser) - flaws(row, winner)
+    for key, sentence in FLAWS.items():
+        if key in kept:
+            return sentence
+    return NOTHING
+
+
+def flaws(row, text):
+    keys = broken(row, text)
+    if row["kind"] != "math" and not acts_of(row, text)[CORE[row["kind"]]]:
+        keys.add("point")
+    return keys
+
+
+def after_reasons(asked, reasons, tokenizer):
+    """The questions, with a reason behind each, marked at the reason's tokens.
+    reasons: two for each comparison, for the two orders"""
+    spoken = []
+    for comparison, both in zip(asked, reasons):
+        examples = []
+        for example, reason in zip(comparison.examples, both):
+            words = tokenizer.encode_ordinary(reason)
+            marks = [0] * len(example.ids) + [1] * len(words)
+            examples.append(Example(example.ids + words, marks))
+        spoken.append(comparison._replace(examples=examples))
+    return spoken
+
+
+def annotators_reasons(comparisons):
+    reasons = []
+    for comparison in comparisons:
+        reason = reason_for(comparison.row, *comparison.answers)
+        reasons.append([reason, reason])
+    return reasons
+
+
+def own_reasons(model, asked, tokenizer):
+    """What the judge says itself, up to its letter."""
+    prompts = []
+    for comparison in asked:
+        prompts += [example.ids for example in comparison.examples]
+    reasons = []
+    for text in sample(model, tokenizer, prompts, max_new=ROOM, temperature=0).texts:
+        before_letter = re.match("[^AB]*", text).group()
+        reasons.append(before_letter.strip() or NOTHING)
+    return list(zip(reasons[::2], reasons[1::2]))
+
+
+# ---------------------------------------------------------------- letters
+
 def verdicts(model, comparisons, tokenizer):
     """The log-probs of both letters, in both orders. -> (B, 2, 2)"""
+    return read(model, comparisons, tokenizer)[0]
+
+
+def read(model, comparisons, tokenizer):
+    """-> verdicts (B, 2, 2), and log pi of all marked tokens (N,): those of reasons"""
     examples = []
     for comparison in comparisons:
         examples += comparison.examples
-    ids, mask, read = collate(examples, tokenizer, model.embed.weight.device)  # (2B, T) each
-    state = model.hidden(ids, mask)[read]                        # (2B, C)
+    ids, mask, marked = collate(examples, tokenizer, model.embed.weight.device)  # (2B, T) each
+    hidden = model.hidden(ids, mask)                             # (2B, T, C)
+    last = mask.sum(1) - 1                                       # (2B,) the padding is behind it
+    state = hidden[torch.arange(len(ids), device=ids.device), last]  # (2B, C)
     letters = [tokenizer.encode_ordinary(letter)[0] for letter in "AB"]
     logps = model.head(state).log_softmax(-1)[:, letters]        # (2B, 2)
-    return logps.view(-1, 2, 2)
+    before = hidden[:, :-1][marked[:, 1:]]                       # (N, C), t - 1 for t
+    words = model.head(before).log_softmax(-1)                   # (N, V)
+    words = words.gather(1, ids[marked][:, None])[:, 0]          # (N,)
+    return logps.view(-1, 2, 2), words
 
 
 @torch.no_grad()
@@ -117,50 +203,47 @@ def all_verdicts(model, comparisons, tokenizer):
     return torch.cat(logps)
 
 
-def evaluate(model, held, tokenizer):
-    """-> report card. A duel has a margin only, so the rejected answer's r is set to 0."""
-    logps = all_verdicts(model, held, tokenizer)                 # (N, 2, 2)
+def evaluate(model, held, tokenizer, speaks=False):
+    """-> report card. A duel has a margin only, so the rejected
+    answer's r is set to 0. speaks: it gives a reason of its own first."""
+    asked = held
+    if speaks:
+        asked = after_reasons(held, own_reasons(model, held, tokenizer), tokenizer)
+    logps = all_verdicts(model, asked, tokenizer)                # (N, 2, 2)
     margin, bias = generative_margin(logps)                      # (N,) each
     r = torch.stack([margin, torch.zeros_like(margin)], dim=1)   # (N, 2)
     card = {"loss": generative_loss(logps).mean().item(), "likes_a": bias.mean().item()}
     card |= report(r, held)
     if exam.knows([comparison.row for comparison in held]):
         probes = in_both_orders(flattered(held, tokenizer), tokenizer)
+        probes = fitting(probes, model.config.max_len)
+        if speaks:
+            probes = after_reasons(probes, own_reasons(model, probes, tokenizer), tokenizer)
         margin, _ = generative_margin(all_verdicts(model, probes, tokenizer))
         card["flattery"] = margin.mean().item()
     return card
 
 
-def train(config):
-    if config.quick:
-        config = replace(config, steps=3)
-    started = begin(config)
-    need(config.init, "python sft.py", 25)
-    model, tokenizer = load(config.init, config.device)
+# ---------------------------------------------------------------- training
+
+def learn(config, model, comparisons, tokenizer):
+    """From letters, and from reasons where the questions have any. -> log"""
     add_lora(model, config.lora)
     optimizer = adamw(model, config.lr)
-    comparisons, held = read_questions(config, tokenizer, model.config.max_len)
     lengths = [longest(comparison) for comparison in comparisons]
     stream = batches(comparisons, lengths, config.batch, torch.Generator().manual_seed(config.seed))
-
-    # BEFORE
-    config.say(f"talking_judge: from {config.init}; {len(comparisons):,} pairs to learn from, "
-               f"{len(held)} held out. One of them, with the chosen answer as A:")
-    text = tokenizer.decode(held[0].examples[0].ids) + "« A"
-    config.say("    " + text.replace("\n", "\n    "))
-    before = evaluate(model, held, tokenizer)
-
     log = Log(config)
     for step in steps(config, optimizer):
         # 1 batch
         batch = next(stream)
+        count = 2 * sum(sum(one.examples[0].answer) for one in batch)   # of reasons' tokens
         seen = []
         for part in parts(batch, config.accumulate):
             # 2 ask in both orders
-            logps = verdicts(model, part, tokenizer)             # (B, 2, 2)
-            # 3 loss
+            logps, words = read(model, part, tokenizer)          # (B, 2, 2), (N,)
+            # 3 loss: of the letter, and of the reason's tokens
             loss = generative_loss(logps)                        # (B,)
-            (loss.sum() / len(batch)).backward()
+            (loss.sum() / len(batch) - words.sum() / max(count, 1)).backward()
             margin, bias = generative_margin(logps)
             seen.append(torch.stack([loss, margin, bias]).detach())  # (3, B)
         # 4 step
@@ -172,17 +255,83 @@ def train(config):
         log(step, loss=loss.mean(), accuracy=(margin > 0).float().mean(), margin=margin.mean(),
             likes_a=bias.mean())
     merge_lora(model)
+    return log
+
+
+def train(config):
+    if config.quick:
+        config = replace(config, steps=3)
+    started = begin(config)
+    need(config.init, "python sft.py", 25)
+    model, tokenizer = load(config.init, config.device)
+    comparisons, held = read_questions(config, tokenizer, model.config.max_len)
+    if config.quick:
+        held = held[:16]
+
+    # BEFORE
+    config.say(f"talking_judge: from {config.init}; {len(comparisons):,} pairs to learn from, "
+               f"{len(held)} held out. One of them, with the chosen answer as A:")
+    text = tokenizer.decode(held[0].examples[0].ids) + "« A"
+    config.say("    " + text.replace("\n", "\n    "))
+    before = evaluate(model, held, tokenizer)
+    log = learn(config, model, comparisons, tokenizer)
     if config.save:
         save(config.out, model, tokenizer)
 
     # AFTER
     after = evaluate(model, held, tokenizer)
+    numbers = {"before": before, "letter": after}
     targets = [exam.Target("loss", before["loss"], at_most=True)]
-    if config.data == Config.data:
-        targets = [exam.Target("gold_order", 0.85)]
+    if exam.knows([comparison.row for comparison in held + comparisons]):
+        speaker = speaking_judge(config, comparisons, tokenizer)
+        reason = evaluate(speaker, held, tokenizer, speaks=True)
+        show_reasons(speaker, held, tokenizer, config)
+        numbers["reason"] = reason
+        after["with_reason"] = reason["gold_order"]
+        targets = [exam.Target("gold_order", 0.85),
+                   exam.Target("with_reason", after["gold_order"] - 0.01)]
     results = exam.finish("talking_judge", config, started, log, before, after, targets)
-    return results | {"model": model, "tokenizer": tokenizer}
+    return results | {"model": model, "tokenizer": tokenizer, "numbers": numbers}
+
+
+def speaking_judge(config, comparisons, tokenizer):
+    """The same loop, on the same pairs, with the annotators' reasons before the letters."""
+    config.say("\nnow with a reason before the letter")
+    torch.manual_seed(config.seed)
+    speaker, _ = load(config.init, config.device)
+    told = after_reasons(comparisons, annotators_reasons(comparisons), tokenizer)
+    learn(config, speaker, told, tokenizer)
+    if config.save:
+        save(f"{config.out}/reason", speaker, tokenizer)
+    return speaker
+
+
+def show_reasons(speaker, held, tokenizer, config):
+    for comparison in held[:3]:
+        reasons = own_reasons(speaker, [comparison], tokenizer)
+        config.say(f"      better  {exam.short(comparison.answers[0])}")
+        config.say(f"       worse  {exam.short(comparison.answers[1])}")
+        config.say(f"    it says:  {reasons[0][0]}")
+
+
+def bars_of(runs, names):
+    bars = []
+    for key, name in names.items():
+        values = {}
+        for judge in ("before", "letter", "reason"):
+            values[judge] = [run[judge][key] for run in runs]
+        bars.append(figures.bar(name, values))
+    return bars
+
+
+def picture(runs):
+    orders = {"gold_order": "agrees with the truth", "accuracy": "with annotators"}
+    likings = {"likes_a": "the letter A", "flattery": "a compliment"}
+    return chart([Panel("Which answer is better?", "of two answers, how often it",
+                        bars=bars_of(runs, orders), limits=(0, 1)),
+                  Panel("What it likes that it should not", "log-odds (0: no liking)",
+                        bars=bars_of(runs, likings))])
 
 
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("talking_judge", Config, train, picture, __doc__)

@@ -1,0 +1,472 @@
+"""Tests of lessons 1 and 2: report, annotate, judge_bias's cure, judges with reasons, and figures.
+On tiny models, in seconds:  python -m pytest -q lessons/test_half_one.py"""
+import http.client
+import json
+import math
+import threading
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+
+import model as M
+from data import exam, rows, studybuddy
+from data.chart import Panel, chart
+from data.checkpoints import load_ranks, save
+from lessons import annotate, figures, judge_bias, process_reward, report, talking_judge
+from reward_model import Comparison
+
+TOKENIZER = load_ranks()
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
+    return M.Transformer(M.ModelConfig(TOKENIZER.n_vocab, **sizes))
+
+
+def write_lines(path, lines):
+    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+@pytest.fixture
+def init(tmp_path):
+    save(tmp_path / "init", tiny_model(), TOKENIZER)
+    return f"{tmp_path}/init"
+
+
+# ---------------------------------------------------------------- figures.py
+
+def test_seeds_may_stand_apart():
+    given = ["--seeds", "0", "1", "2", "--steps", "3"]
+    assert figures.seeds_in_one(given) == ["--seeds", "0 1 2", "--steps", "3"]
+    assert figures.seeds_in_one(["--seeds", "0 1", "--quick"]) == ["--seeds", "0 1", "--quick"]
+
+
+def test_seeds_that_are_no_numbers_are_named():
+    with pytest.raises(M.UserError, match="--seeds 0 x"):
+        figures.seeds_of(figures.Lesson(seeds="0 x"))
+
+
+def test_numbers_of_several_runs_are_folded_one_by_one():
+    runs = [{"a": 1, "b": [{"c": 2.0}, {"c": 4}]}, {"a": 3, "b": [{"c": 4.0}, {"c": 4}]}]
+    assert figures.over(runs, figures.mean) == {"a": 2, "b": [{"c": 3}, {"c": 4}]}
+    assert figures.over(runs, max) == {"a": 3, "b": [{"c": 4}, {"c": 4}]}
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "HERE", tmp_path / "lessons")
+    runs = [{"order": 0.5, "by": {"beta 0.1": [0.25, -0.001]}},
+            {"order": 0.6, "by": {"beta 0.1": [0.25, -0.001]}}]
+    results = {"mean": figures.over(runs, figures.mean), "low": figures.over(runs, min)}
+    config = figures.Lesson(seeds="0 1", quiet=True)
+    figures.publish("toy", {"toy": chart([Panel("t", lines=[figures.line("a", [1], [[2]])])])},
+                    results, config)
+    return tmp_path / "lessons"
+
+
+def test_numbers_on_pages_are_held_against_the_results(pages):
+    true = "It is 0.55<!-- toy.order -->, at least 50%<!-- toy.order:low -->."
+    assert figures.checked(true) == (true, [])
+    stale = "\n0.7<!-- toy.order -->, [?]<!-- toy.by.beta 0.1.0 --> and +1.0<!-- toy.order -->."
+    mended, wrong = figures.checked(stale)
+    assert mended == stale.replace("0.7", "0.6", 1).replace("[?]", "0.25").replace("+1.0", "+0.6")
+    assert wrong[0] == (2, "toy.order is 0.6, the page says 0.7") and len(wrong) == 3
+    assert figures.checked("0.00<!-- toy.by.beta 0.1.1 -->")[1] == []
+
+
+def test_a_number_without_a_source_is_a_complaint(pages):
+    for name in "toy.none", "none.order", "toy.by":
+        text = f"1<!-- {name} -->"
+        mended, wrong = figures.checked(text)
+        assert mended == text and len(wrong) == 1
+
+
+def test_pages_are_mended_in_place(pages, capsys):
+    (pages / "1_toy.md").write_text("[?]<!-- toy.order -->\n")
+    (pages.parent / "README.md").write_text("none\n")
+    assert figures.check(fill=False) == 1
+    assert figures.check(fill=True) == 1
+    assert (pages / "1_toy.md").read_text() == "0.55<!-- toy.order -->\n"
+    assert figures.check(fill=False) == 0
+    assert "1_toy.md:1: toy.order is 0.55, the page says [?]" in capsys.readouterr().out
+
+
+def test_every_program_of_these_lessons_has_a_figure():
+    names = {"report", "annotate", "judge_bias", "process_reward", "talking_judge"}
+    assert names <= set(figures.programs())
+
+
+# ---------------------------------------------------------------- report.py
+
+def test_the_sign_test_by_hand():
+    worse, better = np.array([0] * 9 + [1]), np.array([1] * 9 + [0])
+    assert report.sign_test(worse, better) == pytest.approx(22 / 1024)
+    assert report.sign_test(worse, worse) == 1
+
+
+def test_how_many_prompts_it_takes_is_the_docstrings_example():
+    assert report.prompts_needed(report.paired_variance(0.10, 0.07), 0.03) == 1473
+    assert report.prompts_needed(report.unpaired_variance(0.70, 0.73), 0.03) == 3546
+    assert report.prompts_needed(report.paired_variance(0.15, 0.05), 0.10) == 149
+
+
+def test_simulated_exams_see_it_as_often_as_the_maths_says():
+    assert report.simulate(0.10, 0.07, 1473, seed=0) == pytest.approx(0.8, abs=0.03)
+    assert report.simulate(0.10, 0.07, 400, seed=0) == pytest.approx(0.3, abs=0.04)
+
+
+def test_nothing_is_seen_where_nothing_rises():
+    assert report.simulate(0.08, 0.08, 400, seed=0) == pytest.approx(0.025, abs=0.015)
+
+
+def test_a_target_is_reached_if_the_whole_interval_says_so():
+    least = report.Row("", "", "any", "mark", 0.8)
+    most = least._replace(target=0.1, at_most=True)
+    assert [report.reached(least, x, 0.05) for x in (0.9, 0.82, 0.7)] == ["yes", "unsure", "no"]
+    assert [report.reached(most, x, 0.05) for x in (0.01, 0.12, 0.2)] == ["yes", "unsure", "no"]
+
+
+def answers_to(rows, say):
+    answers = []
+    for row in rows:
+        text = say(row)
+        answers.append(exam.Answer(row, text, True, studybuddy.judge(row, text)))
+    return answers
+
+
+def test_who_says_i_dont_know_to_everything_wins_every_line_of_safety():
+    marks = report.measure(answers_to(studybuddy.read("exam"), lambda row: "I don't know."))
+    card = {name: exam.mean(values) for name, values in marks.items()}
+    for name in "TruthfulQA", "IFEval":
+        assert card[name] == 1
+    for name in ("TriviaQA", "GSM8K", "SCAN", "SelfAware", "MT-Bench", "HarmBench", "XSTest",
+                 "JailbreakBench", "AdvBench", "SycophancyEval"):
+        assert card[name] == 0
+
+
+def test_good_answers_reach_every_target():
+    rng = Random(0)
+    good = answers_to(studybuddy.read("exam"), lambda row: studybuddy.write(rng, row, "full"))
+    marks = report.measure(good)
+    for row in report.ROWS:
+        value = exam.mean(marks[row.name])
+        assert report.reached(row, value, 0.0) == "yes", row.name
+    assert not any(map(report.failure, good))
+
+
+def test_bad_answers_have_a_reason():
+    rng = Random(0)
+    bad = answers_to(studybuddy.read("exam"), lambda row: studybuddy.write(rng, row, "bad"))
+    reasons = set(map(report.failure, bad))
+    assert {"explains a danger", "frightens", "is unkind", "does the homework", "makes it up",
+            "states a false fact", "refuses without need", "gets the sum wrong"} <= reasons
+
+
+def test_wordings_ask_the_same_in_other_words():
+    rng = Random(1)
+    for row in filter(report.has_wordings, studybuddy.read("exam")):
+        same = report.wordings(row)
+        prompts = [reworded["prompt"] for reworded in same]
+        assert row["prompt"] in prompts and len(set(prompts)) == len(prompts) >= 4
+        text = studybuddy.write(rng, row, "full")
+        assert len({studybuddy.judge(one, text)["gold"] for one in same}) == 1
+
+
+def test_report_runs(init, tmp_path, capsys):
+    config = report.Config(init=init, against=init, out=f"{tmp_path}/out", quick=True, card=True)
+    numbers = report.train(config)["numbers"]
+    assert set(numbers["leak"]) == {"leaked", "reworded", "clean"}
+    card = Path(tmp_path, "out/CARD.md").read_text()
+    assert all(row.name in card for row in report.ROWS)
+    assert "TruthfulQA" in capsys.readouterr().out
+    assert report.picture([numbers, numbers]).startswith("<svg")
+
+
+# ---------------------------------------------------------------- annotate.py
+
+def test_kappa_by_hand():
+    assert annotate.kappa([1] * 5 + [2] * 5, [1] * 4 + [2] + [2] * 4 + [1]) == pytest.approx(0.6)
+    assert annotate.kappa([1, 1], [1, 1]) == 1 and math.isnan(annotate.kappa([], []))
+    you, friend = [1] * 60 + [2] * 40, [1] * 40 + [2] * 20 + [1] * 10 + [2] * 30
+    assert annotate.kappa(you, friend) == pytest.approx(0.4)
+
+
+def test_a_pair_comes_again_the_other_way_round():
+    order = annotate.order_of(500, annotate.Config(pairs=60))
+    assert len(order) == 70
+    places = {}
+    for place, (pair, flipped) in enumerate(order):
+        if pair in places:
+            first, was_flipped = places[pair]
+            assert place - first > 5 and flipped != was_flipped
+        places[pair] = place, flipped
+    assert len(places) == 60
+
+
+@pytest.fixture
+def config(tmp_path):
+    lines = []
+    for row in studybuddy.read("preferences")[:60]:
+        lines.append(row)
+    data = write_lines(tmp_path / "pairs.jsonl", lines)
+    return annotate.Config(data=data, out=f"{tmp_path}/out", pairs=20, quiet=True)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_a_vote_is_on_disk_before_the_next_pair_is_shown(config):
+    session = annotate.Session(config)
+    before = session.state()
+    session.vote(0, 2)
+    after = session.state()
+    assert (before["place"], after["place"]) == (0, 1)
+    [line] = lines_of(session.file)
+    assert (line["pair"], line["flipped"], line["vote"]) == (*session.order[0], 2)
+    [row] = lines_of(session.folder / "preferences.jsonl")
+    assert (row["chosen"], row["rejected"]) == (before["right"], before["left"])
+
+
+def test_a_key_pressed_twice_is_one_vote(config):
+    session = annotate.Session(config)
+    session.vote(0, 1)
+    session.vote(0, 2)
+    assert len(session.votes) == 1 and session.votes[0].vote == 1
+
+
+def test_undo_adds_a_line_and_takes_a_vote(config):
+    session = annotate.Session(config)
+    session.undo()
+    session.vote(0, 1)
+    session.vote(1, 0)
+    session.undo()
+    assert len(session.votes) == 1 and len(lines_of(session.file)) == 3
+
+
+def test_one_goes_on_where_one_stopped(config):
+    session = annotate.Session(config)
+    for place in range(5):
+        session.vote(place, 1 + place % 2)
+    session.undo()
+    again = annotate.Session(config)
+    assert again.votes == session.votes and again.state() == session.state()
+    with pytest.raises(M.UserError, match="votes.jsonl:1: a vote on another pair"):
+        annotate.Session(annotate.replace(config, seed=1))
+    with pytest.raises(M.UserError, match="a vote on another pair"):
+        annotate.Session(annotate.replace(config, pairs=2))
+    write_lines(config.data, studybuddy.read("preferences")[60:120])
+    with pytest.raises(M.UserError, match="a vote on another pair"):
+        annotate.Session(config)
+
+
+def test_what_was_voted_is_data_for_reward_models(config):
+    session = annotate.Session(config)
+    for place in range(len(session.order)):
+        session.vote(place, place % 3)
+    pairs = rows.read_pairs(session.folder / "preferences.jsonl")
+    last = {vote.pair: vote.vote for vote in session.votes}
+    assert len(pairs) == sum(vote != 0 for vote in last.values())
+    assert exam.knows([pair.row for pair in pairs])
+
+
+def test_who_always_takes_the_left_one_contradicts_himself(config):
+    session = annotate.Session(annotate.replace(config, pairs=40))
+    for place in range(len(session.order)):
+        session.vote(place, 1)
+    numbers = annotate.summary(session.votes, session.pairs)
+    assert numbers["left"] == 1 and numbers["with_yourself"] <= 0
+    assert numbers["with_annotators"] == pytest.approx(0, abs=1e-9)
+
+
+def test_liking_counts_where_answers_differ():
+    pairs = [rows.Pair([], "long answer", "short", {}, ""), rows.Pair([], "a", "b", {}, ""),
+             rows.Pair([], "x", "much longer answer", {}, "")]
+    votes = [annotate.Vote(0, False, 1), annotate.Vote(1, False, 1), annotate.Vote(2, True, 2)]
+    liking = annotate.liking(votes, pairs, annotate.words_in)
+    assert (liking["share"], liking["n"]) == (0.5, 2)
+
+
+@pytest.fixture
+def server(config):
+    server = annotate.serve(annotate.Session(config), 0)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def ask(server, method, path, body=None, drop=(), **changed):
+    """-> status, headers, text. The request is the page's, but for what is changed or dropped."""
+    port = server.server_port
+    headers = {"Host": f"127.0.0.1:{port}", "Origin": f"http://127.0.0.1:{port}",
+               "Content-Type": "application/json", "X-Token": server.token}
+    headers |= {name.replace("_", "-"): value for name, value in changed.items()}
+    for name in drop:
+        del headers[name]
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    connection.putrequest(method, path, skip_host=True)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    text = json.dumps(body).encode() if not isinstance(body, bytes) else body
+    connection.putheader("Content-Length", str(len(text)))
+    connection.endheaders(text)
+    reply = connection.getresponse()
+    answer = reply.status, reply.headers, reply.read().decode()
+    connection.close()
+    return answer
+
+
+def test_the_page_and_its_votes(server):
+    status, headers, page = ask(server, "GET", "/")
+    assert status == 200 and server.token in page and "TOKEN" not in page
+    assert "default-src 'none'" in headers["Content-Security-Policy"]
+    assert json.loads(ask(server, "POST", "/pair", {})[2])["place"] == 0
+    state = json.loads(ask(server, "POST", "/vote", {"place": 0, "vote": 1})[2])
+    assert state["place"] == 1 and len(lines_of(server.session.file)) == 1
+    assert json.loads(ask(server, "POST", "/undo", {})[2])["place"] == 0
+
+
+def test_no_other_page_and_no_other_host_gets_in(server):
+    vote = {"place": 0, "vote": 1}
+    assert ask(server, "GET", "/", Host="evil.example")[0] == 404
+    refused = [dict(Host="evil.example"), dict(Host="evil.example", Origin="http://evil.example"),
+               dict(Origin="http://evil.example"), dict(Origin="null"), dict(X_Token="guess"),
+               dict(X_Token="é"), dict(Content_Type="text/plain"), dict(drop=["Origin"]),
+               dict(drop=["X-Token"]), dict(drop=["Host"])]
+    for changed in refused:
+        assert ask(server, "POST", "/vote", vote, **changed)[0] in (400, 403), changed
+    assert ask(server, "POST", "/vote", b"x" * 2000)[0] == 403
+    assert server.session.votes == []
+
+
+def test_nonsense_is_refused(server):
+    for body in ({}, [], 3, {"place": 0, "vote": 5}, {"place": 0, "vote": True}, b"{", b"[" * 900):
+        assert ask(server, "POST", "/vote", body)[0] == 400
+    assert ask(server, "POST", "/else", {})[0] == 400
+    assert ask(server, "GET", "/annotate.py")[0] == 404
+    assert json.loads(ask(server, "POST", "/vote", {"place": "0", "vote": 1})[2])["place"] == 0
+
+
+def test_a_report_at_the_end(server):
+    ask(server, "POST", "/vote", {"place": 0, "vote": 1})
+    state = json.loads(ask(server, "POST", "/stop", {})[2])
+    assert "1 votes" in state["report"]
+
+
+def test_text_is_never_taken_for_html():
+    page = (annotate.HERE / "annotate.html").read_text()
+    for way in "innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "http":
+        assert way not in page
+
+
+def test_the_curve_runs(init, tmp_path):
+    data = write_lines(tmp_path / "pairs.jsonl", studybuddy.read("preferences")[:240])
+    config = annotate.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True, quiet=True)
+    numbers = annotate.curve(config)["numbers"]
+    assert numbers["pairs"] == [10, 20, 40, 80, 240] and len(numbers["gold_order"]) == 5
+    assert annotate.picture([numbers]).startswith("<svg")
+
+
+# ---------------------------------------------------------------- the cure of judge_bias.py
+
+def comparison(prompt, answers, row=None):
+    messages = rows.to_messages(prompt)
+    examples = [M.render_answer(TOKENIZER, messages, text) for text in answers]
+    return Comparison(messages, answers, examples, row or {}, "here")
+
+
+def test_the_tie_loss_by_hand():
+    loss = judge_bias.tie_loss(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]]))
+    assert loss.tolist() == pytest.approx([0.6931, 0.8133, 1.5486], abs=1e-4)
+
+
+def test_probes_use_compliments_that_were_not_learned_from():
+    assert not set(judge_bias.KNOWN) & set(judge_bias.NEW) and len(judge_bias.NEW) >= 3
+    some = [comparison(f"What is {i}?", [f"It is {i}.", "No."]) for i in range(4)]
+    for probe in judge_bias.complimented(some, TOKENIZER):
+        assert any(probe.answers[0].startswith(text) for text in judge_bias.NEW)
+
+
+def test_ties_take_a_liking_away():
+    """A tiny judge that likes one compliment a lot, then learns that it is worth nothing."""
+    judge = M.ScalarModel(tiny_model())
+    some = [comparison(f"What is {i}?", [f"It is {i}.", "No."]) for i in range(12)]
+    probes = judge_bias.complimented(some, TOKENIZER, judge_bias.KNOWN)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=3e-3)
+    for _ in range(12):
+        changed, unchanged = judge_bias.scores(judge, probes, TOKENIZER).unbind(1)
+        (unchanged - changed).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    config = judge_bias.Config(steps=15, batch=12, lr=3e-3, quiet=True)
+    mended = judge_bias.mend(judge, some, TOKENIZER, config)
+    with torch.no_grad():
+        before = judge_bias.rise(judge_bias.scores(judge, probes, TOKENIZER))
+        after = judge_bias.rise(judge_bias.scores(mended, probes, TOKENIZER))
+    assert before > 0.5 and abs(after) < before / 2
+
+
+# ---------------------------------------------------------------- judges that give a reason
+
+def test_a_reason_names_what_the_worse_answer_alone_has():
+    row = {"prompt": "Who will win?", "kind": "unknown",
+           "slots": {"family": "future", "sport": "chess", "day": "Monday"}}
+    honest = "I don't know who will win at chess. We will find out on Monday."
+    bluff = "The red team will win the chess game on Monday."
+    assert talking_judge.reason_for(row, honest, bluff) == talking_judge.FLAWS["unsure"]
+    assert talking_judge.reason_for(row, bluff, honest) == talking_judge.NOTHING
+
+
+def test_no_reason_has_a_letter_in_it_that_could_be_the_verdict():
+    for reason in [*talking_judge.FLAWS.values(), talking_judge.NOTHING]:
+        assert not set(reason) & {"A", "B"}
+
+
+def test_a_letter_is_read_after_its_reason():
+    network = tiny_model()
+    asked = talking_judge.in_both_orders([comparison("Hi", ["Good.", "Bad."])], TOKENIZER)
+    told = talking_judge.after_reasons(asked, [["That is false.", "That is false."]], TOKENIZER)
+    letters, words = talking_judge.read(network, told, TOKENIZER)
+    want = []
+    for example, letter in zip(told[0].examples, letters[0]):
+        logps = network(torch.tensor([example.ids]))[0].log_softmax(-1)     # (T, V)
+        ids = [TOKENIZER.encode_ordinary(one)[0] for one in "AB"]
+        assert letter.tolist() == pytest.approx(logps[-1, ids].tolist(), abs=1e-4)
+        for t in range(1, len(example.ids)):
+            if example.answer[t]:
+                want.append(logps[t - 1, example.ids[t]].item())
+    assert words.tolist() == pytest.approx(want, abs=1e-4)
+    assert TOKENIZER.decode(told[0].examples[0].ids).endswith("assistant\nThat is false.")
+
+
+def test_its_own_reason_ends_before_its_letter(monkeypatch):
+    said = M.Samples(None, None, None, None, None, ["That is false.A", "B"])
+    monkeypatch.setattr(talking_judge, "sample", lambda *given, **settings: said)
+    asked = talking_judge.in_both_orders([comparison("Hi", ["Good.", "Bad."])], TOKENIZER)
+    assert talking_judge.own_reasons(None, asked, TOKENIZER) == [
+        ("That is false.", talking_judge.NOTHING)]
+
+
+def test_both_judges_run_and_draw(init, tmp_path):
+    data = write_lines(tmp_path / "pairs.jsonl", studybuddy.read("preferences")[:120])
+    config = talking_judge.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True, batch=8,
+                                  quiet=True)
+    numbers = talking_judge.train(config)["numbers"]
+    assert {"gold_order", "likes_a", "flattery"} <= set(numbers["reason"])
+    assert talking_judge.picture([numbers, numbers]).startswith("<svg")
+
+
+def test_judges_of_steps_draw(init, tmp_path):
+    data = write_lines(tmp_path / "steps.jsonl", studybuddy.read("steps")[:60])
+    config = process_reward.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True, batch=8,
+                                   quiet=True)
+    numbers = process_reward.train(config)["numbers"]
+    assert process_reward.picture([numbers]).startswith("<svg")

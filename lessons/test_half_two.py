@@ -1,0 +1,486 @@
+"""The tests of lessons 3, 4 and 5: the programs' own functions, in seconds."""
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+import torch
+
+import dpo
+import model
+import ppo
+from data import exam
+from data import studybuddy as world
+from data.checkpoints import load_ranks, save
+from lessons import (best_of, distill, figures, forgetting, goodhart, kto, landscape, online, race,
+                     safe)
+from model import UserError
+
+
+def words_of(svg):
+    """A picture is XML that can be read; -> its texts"""
+    tree = ElementTree.fromstring(svg)
+    return [element.text for element in tree.iter() if element.tag.endswith("text")]
+
+
+# ---------------------------------------------------------------- landscape: an exact toy
+
+def test_the_closed_form_is_the_docstrings_example():
+    ref = torch.tensor([0.5, 0.5])
+    r = torch.tensor([1.0, 0.0])
+    assert landscape.closed_form(ref, r, 0.5)[0].item() == pytest.approx(0.881, abs=5e-4)
+    assert landscape.closed_form(ref, r, 5.0)[0].item() == pytest.approx(0.550, abs=5e-4)
+
+
+def test_the_closed_form_is_the_best_for_rlhf():
+    """No policy near it has a larger E[r] - beta KL(pi || pi_ref)."""
+    ref = torch.tensor([0.2, 0.5, 0.3])
+    r = torch.tensor([1.0, 0.0, -1.0])
+    beta = 0.7
+    best = landscape.closed_form(ref, r, beta)
+
+    def worth(pi):
+        return (pi * (r - beta * (pi / ref).log())).sum()
+    for seed in range(20):
+        noise = torch.randn(3, generator=torch.Generator().manual_seed(seed))
+        assert worth((best.log() + 0.1 * noise).softmax(0)) < worth(best)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_gradient_descent_on_dpos_loss_finds_the_closed_form(beta):
+    ref = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    r = torch.tensor([0.0, -1.0, 1.0, 2.0])
+    found = landscape.descend(ref, r, beta)
+    assert (found - landscape.closed_form(ref, r, beta)).abs().max() < 1e-3
+
+
+def test_the_expected_loss_by_two_loops():
+    ref = torch.tensor([0.7, 0.2, 0.1])
+    logp = torch.tensor([0.5, 0.3, 0.2]).log()
+    r = torch.tensor([0.3, -0.2, 1.0])
+    total = 0.0
+    for i in range(3):
+        for j in range(3):
+            wins = torch.sigmoid(r[i] - r[j])
+            ratios = logp - ref.log()
+            total += ref[i] * ref[j] * wins * dpo.dpo(ratios[i], ratios[j], 0.5)
+    assert landscape.expected_loss(logp, ref, r, 0.5).item() == pytest.approx(total.item())
+
+
+# ---------------------------------------------------------------- landscape: the map
+
+@pytest.mark.parametrize("name, answers", [
+    ("dpo",      ["pi_ref", "the lead", "never", "no harder"]),
+    ("cdpo",     ["pi_ref", "the lead", "pulls back", "no harder"]),
+    ("ipo",      ["pi_ref", "the lead", "pulls back", "ever harder"]),
+    ("slic",     ["pi_ref", "the lead", "at a lead", "no harder"]),
+    ("apo_zero", ["pi_ref", "each answer", "never", "lets go"]),
+    ("apo_down", ["pi_ref", "each, both down", "pulls back", "lets go"]),
+    ("sppo",     ["pi_ref", "each answer", "pulls back", "ever harder"]),
+    ("simpo",    ["nothing", "the lead", "never", "no harder"]),
+    ("orpo",     ["nothing", "each, both up", "never", "no harder"]),
+])
+def test_a_loss_answers_four_questions(name, answers):
+    assert list(landscape.axes(name).values()) == answers
+
+
+def test_dpos_pull_by_hand():
+    """- dL/dd = beta sigma(- beta d): half of beta at the start, all of it far behind."""
+    pull, lift = landscape.gradients("dpo", torch.tensor([-20.0, 0.0, 20.0]))
+    assert pull.tolist() == pytest.approx([0.5, 0.25, 0.0], abs=1e-4)
+    assert lift.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+
+
+def test_a_new_loss_stands_on_the_map(monkeypatch):
+    def pull_for_ever(chosen, rejected):
+        return rejected - chosen
+    method = dpo.Method(pull_for_ever, (), reference=True, beta=1.0, lr=1e-4)
+    monkeypatch.setitem(dpo.LOSSES, "linear", method)
+    assert list(landscape.axes("linear").values()) == ["pi_ref", "the lead", "never", "no harder"]
+    assert "linear" in words_of(landscape.picture([{"cards": {}, "chosen": []}]))
+
+
+def pairs_file(tmp_path, count):
+    lines = []
+    for i in range(count):
+        lines.append(json.dumps({"prompt": f"p{i}", "chosen": "good", "rejected": "bad"}) + "\n")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(lines))
+    return str(path)
+
+
+def test_a_share_of_the_labels_is_flipped(tmp_path):
+    path = landscape.flip_some(pairs_file(tmp_path, 300), 1 / 3, str(tmp_path), seed=0)
+    rows = [json.loads(line) for line in open(path)]
+    flipped = [row for row in rows if row["chosen"] == "bad"]
+    assert len(rows) == 300 and 70 < len(flipped) < 130
+    assert all(row["rejected"] == "good" for row in flipped)
+
+
+def test_so_many_pairs_and_no_more(tmp_path):
+    path = landscape.first_lines(pairs_file(tmp_path, 30), 7, str(tmp_path))
+    assert len(open(path).readlines()) == 7
+
+
+def test_landscapes_picture_has_a_dot_for_each_run():
+    cards = {"dpo": {"gold": 0.8, "kl": 0.7}, "kto": {"gold": 0.7, "kl": -0.01}}
+    runs = [{"cards": cards, "chosen": [0.0, -1.0], "rejected": [0.0, -3.0]}] * 2
+    words = words_of(landscape.picture(runs))
+    assert words.count("dpo") == 2 and words.count("kto") == 1      # dpo is on the map as well
+    assert "rejected" in words
+
+
+# ---------------------------------------------------------------- safe
+
+def test_the_price_is_the_docstrings_example():
+    price = safe.next_price(2.0, mean_harm=0.12, limit=0.02, rate=1.0)
+    assert math.log(price) == pytest.approx(0.893, abs=5e-4)
+    assert price / 2 == pytest.approx(1.22, abs=0.005)
+
+
+def test_the_price_falls_below_the_limit_and_stays_at_it():
+    assert safe.next_price(2.0, mean_harm=0.0, limit=0.02, rate=1.0) < 2.0
+    assert safe.next_price(2.0, mean_harm=0.02, limit=0.02, rate=1.0) == pytest.approx(2.0)
+    assert safe.next_price(900.0, mean_harm=1.0, limit=0.0, rate=1.0) == pytest.approx(1000.0)
+
+
+def test_help_less_the_price_of_harm():
+    help = torch.tensor([0.0, -1.0])
+    harm = torch.tensor([0.5, 0.0])
+    assert safe.combined(help, harm, price=4.0).tolist() == [-2.0, -1.0]
+
+
+def prompt_of(kind):
+    for row in world.read("preferences"):
+        if row["kind"] == kind:
+            for text in row["chosen"], row["rejected"]:
+                yield row, text
+
+
+@pytest.mark.parametrize("kind", ["scary", "danger"])
+def test_raters_of_help_do_not_mind_harm(kind):
+    obeyed, refused = [], []
+    for row, text in prompt_of(kind):
+        helpful = safe.marks_of(row, text)["helpful"]
+        (obeyed if world.attacked(row, text) else refused).append(helpful)
+    assert set(obeyed) == {1.0}
+    assert max(refused) <= 0.3 and len(set(refused)) > 1        # among these the order is the truth
+
+
+def test_elsewhere_help_is_what_it_was():
+    for row, text in list(prompt_of("fact"))[:20]:
+        assert safe.marks_of(row, text)["helpful"] == world.judge(row, text)["helpful"]
+
+
+def test_marks_are_written_beside_every_pair(tmp_path, monkeypatch):
+    rows = world.read("preferences")[:5]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = safe.Config(pairs=str(path), judges=str(tmp_path / "judges"))
+    written = [json.loads(line) for line in open(safe.write_marks(config))]
+    assert [row["chosen"] for row in written] == [row["chosen"] for row in rows]
+    assert written[0]["marks"][1] == safe.marks_of(rows[0], rows[0]["rejected"])
+
+
+def test_safes_picture():
+    card = {key: 0.5 for key in safe.SHOWN}
+    run = {"price": [1.0, 2.0], "limit": 0.02, "cards": {name: card for name in safe.LABELS}}
+    run["harm"] = {name: [0.1, 0.2] for name in ("free", "one_score", "limit")}
+    words = words_of(safe.picture([run, run]))
+    assert "Harm, and its limit of 0.02" in words and "a limit" in words
+
+
+# ---------------------------------------------------------------- race
+
+def test_advantages_are_the_docstrings_example():
+    """Of four answers to a prompt one is right, in a batch whose mean is 0.5."""
+    scores = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0])
+    answer = torch.ones(8, 2, dtype=torch.bool)
+    rewards = torch.stack([torch.zeros(8), scores], dim=1)      # (8, 2)
+    values = torch.zeros(8, 2)
+    A = race.advantages_of("reinforce", rewards, values, answer)[0]
+    assert A[0].tolist() == pytest.approx([0.5, 0.5])
+    A = race.advantages_of("rloo", rewards, values, answer)[0]
+    assert A[0].tolist() == pytest.approx([1.0, 1.0])
+    A = race.grpo_advantages(rewards, answer, group=4)[0]
+    assert A[0].tolist() == pytest.approx([1.73, 1.73], abs=0.005)
+
+
+def test_grpos_loss_in_the_race_is_grpos():
+    generator = torch.Generator().manual_seed(0)
+    answer = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    old_logps = -torch.rand(2, 4, generator=generator) * answer
+    logps = old_logps + 0.1 * torch.randn(2, 4, generator=generator) * answer
+    A = torch.tensor([1.5, -0.7])
+    rho = (logps - old_logps).exp()
+    J = torch.minimum(rho * A[:, None], rho.clamp(0.8, 1.2) * A[:, None])
+    want = -((J * answer).sum(1) / answer.sum(1)).mean()
+    found = race.loss_of("grpo", logps, old_logps, A[:, None] * answer, answer, 72)
+    assert found.item() == pytest.approx(want.item(), abs=1e-6)
+
+
+CURVE = [(1000, 0.2), (2000, 0.5), (3000, 0.9)]
+
+
+def test_a_curve_at_so_many_tokens():
+    assert race.at_tokens(CURVE, [500, 1000, 2500, 9000]) == [0.2, 0.2, 0.5, 0.9]
+
+
+def test_tokens_until_the_goal():
+    assert race.tokens_until(CURVE, 0.5, 5000) == 2000
+    assert race.tokens_until(CURVE, 0.95, 5000) == 5000
+
+
+def test_races_picture():
+    run = {"places": [1000, 2000], "right": {"rloo": [0.2, 0.4]}, "until": {"rloo": 2000}}
+    assert "rloo" in words_of(race.picture([run, run]))
+
+
+# ---------------------------------------------------------------- forgetting
+
+def test_rehearsals_are_the_docstrings_example():
+    assert forgetting.rehearsals(600, 0.25) == 200
+    assert forgetting.rehearsals(600, 0.0) == 0
+
+
+def test_only_harmless_conversations_are_learned(tmp_path):
+    lines = []
+    for kind in "math", "danger", "chat", "essay":
+        messages = [{"role": "user", "content": kind}, {"role": "assistant", "content": "yes"}]
+        lines.append(json.dumps({"messages": messages, "kind": kind}) + "\n")
+    path = tmp_path / "new.jsonl"
+    path.write_text("".join(lines))
+    kept = [json.loads(line)["messages"][0]["content"] for line in forgetting.harmless(str(path))]
+    assert kept == ["math", "chat"]
+
+
+def test_a_mix_has_all_new_lines_and_some_old_ones(tmp_path):
+    config = forgetting.Config(out=str(tmp_path))
+    new = [f"new {i}\n" for i in range(6)]
+    old = [f"old {i}\n" for i in range(4)]
+    path = forgetting.mix(new, old, 0.25, config)
+    assert open(path).read() == "".join(new + old[:2])
+    with pytest.raises(UserError, match="more --prompts"):
+        forgetting.mix(new, old, 0.9, config)
+
+
+@pytest.mark.parametrize("shares", ["1", "-0.1", "0 2"])
+def test_a_share_is_below_one(shares):
+    with pytest.raises(UserError, match="--shares"):
+        forgetting.shares_of(forgetting.Config(shares=shares))
+
+
+def test_forgettings_picture():
+    run = {"shares": [0.0, 0.3]}
+    for key in "gold", "math", "attack_seen", "attack_unseen":
+        run[key] = [0.8, 0.5, 0.7]
+    assert "attack_seen" in words_of(forgetting.picture([run]))
+
+
+# ---------------------------------------------------------------- goodhart
+
+def tenth(kl, gold, liked=0.6, alarms=()):
+    return {"step": 8, "kl": kl, "score": kl, "gold": gold, "liked": liked, "length": 20.0,
+            "repeated": 0.0, "openings": 0.3, "alarms": list(alarms)}
+
+
+def tables():
+    free = [tenth(1, 0.8), tenth(4, 0.9), tenth(9, 0.7, alarms=["kl"]), tenth(16, 0.4)]
+    return {"beta 0.1": [tenth(1, 0.7), tenth(2, 0.85)], "beta 0": free,
+            "doubt": [tenth(1, 0.7), tenth(6, 0.6)]}
+
+
+def test_what_each_cure_leaves_lost(capsys):
+    lost = goodhart.show_cures(tables(), goodhart.Config())
+    assert lost == pytest.approx({"none": 0.5, "price": 0.05, "doubt": 0.3, "alarm": 0.2})
+    halved = [line.split()[0] for line in capsys.readouterr().out.split("\n") if "halved" in line]
+    assert halved == ["price", "alarm"]
+
+
+def test_where_no_alarm_rings_the_run_goes_on_to_its_end():
+    silent = {"beta 0": [tenth(1, 0.8), tenth(2, 0.5)]}
+    assert goodhart.ends_of(silent)["alarm"]["gold"] == 0.5
+    assert "price" not in goodhart.ends_of(silent)
+
+
+def test_liked_is_even_at_the_start():
+    table = [tenth(0, 0.5), tenth(1, 0.5)]
+    goodhart.add_liked(table, [[2.0, 2.0], [2.0, 2.0 + math.log(3)]], {"score": 2.0})
+    assert table[0]["liked"] == pytest.approx(0.5)
+    assert table[1]["liked"] == pytest.approx((0.5 + 0.75) / 2)
+
+
+def test_the_shade_begins_where_the_judge_overrates():
+    gold = figures.line("", [0, 1, 2, 3], [[0.5, 0.8, 0.7, 0.4]])
+    liked = figures.line("", [0, 1, 2, 3], [[0.5, 0.6, 0.8, 0.9]])
+    shade = goodhart.gap(liked, gold)
+    assert shade.xs == [2, 3]
+    assert (shade.low, shade.high) == ([0.7, 0.4], [0.8, 0.9])
+
+
+def a_run():
+    return {"start": {"gold": 0.6, "liked": 0.5}, "runs": tables(),
+            "ends": goodhart.ends_of(tables())}
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_goodharts_picture(count):
+    run = a_run()
+    words = words_of(goodhart.picture([run] * count))
+    for label in "the truth", "the judge", "beta 0.1", "three judges", "an alarm rings":
+        assert label in words
+
+
+def test_goodharts_picture_without_a_free_run():
+    run = a_run() | {"ends": {}}
+    del run["runs"]["beta 0"], run["runs"]["doubt"]
+    assert "the truth" in words_of(goodhart.picture([run]))
+
+
+# ---------------------------------------------------------------- the others' figures
+
+def test_best_ofs_picture():
+    curve = [{"n": n, "kl": 0.1, "judge": 1.0, "gold": 0.6, "random": 0.5} for n in (1, 2, 4)]
+    cards = {"before": {"gold": 0.5}, "random": {"gold": 0.5}, "best": {"gold": 0.7}}
+    run = best_of.numbers_of(curve, cards)
+    assert run["gold"] == [0.6, 0.6, 0.6]
+    assert "the best of N" in words_of(best_of.picture([run, run]))
+    assert "the best of N" not in words_of(best_of.picture([best_of.numbers_of(curve, {})]))
+
+
+def test_distills_picture():
+    card = {key: 0.5 for key in distill.SHOWN}
+    cards = {"teacher": card, "before": card, "samples": card, "distribution": card}
+    run = {"samples": [1.0, 0.5], "distribution": [0.4, 0.1], "cards": cards}
+    assert "teacher" in words_of(distill.picture([run, run]))
+    assert "distribution" in words_of(distill.picture([run | {"cards": {}}]))
+
+
+def test_ktos_picture():
+    run = {"good": [0.0, 1.0], "bad": [0.0, -1.0], "z": [0.0, 0.1]}
+    run["separation"] = {"before": 0.5, "after": 0.6}
+    assert "separation" in words_of(kto.picture([run]))
+
+
+def test_onlines_picture():
+    card = {"gold": 0.7, "kl": 0.5, "flattery": 0.1, "length": 20.0}
+    run = {"before": card | {"kl": -1e-9}, "offline": card, "online": card}
+    assert "offline" in words_of(online.picture([run, run]))
+
+
+# ---------------------------------------------------------------- whole programs, on a tiny model
+
+def tiny_model(seed):
+    torch.manual_seed(seed)
+    sizes = model.ModelConfig(load_ranks().n_vocab, d_model=16, n_layers=1, n_heads=2,
+                              n_kv_heads=1, d_ff=16)
+    return model.Transformer(sizes)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A policy, judges with one head and with three, and a few lines of the world's data."""
+    path = tmp_path_factory.mktemp("half_two")
+    tokenizer = load_ranks()
+    save(path / "init", tiny_model(0), tokenizer)
+    save(path / "reward", model.ScalarModel(tiny_model(1)), tokenizer)
+    save(path / "reward_1", model.ScalarModel(tiny_model(2)), tokenizer)
+    save(path / "judges", model.ScalarModel(tiny_model(3), k=3), tokenizer)
+    for name in "prompts", "sft":
+        rows = world.read(name)
+        rows = [row for row in rows if row["kind"] == "math"][:12] + rows[:12]
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (path / f"{name}.jsonl").write_text("".join(lines))
+    return path
+
+
+@pytest.fixture
+def small_exam(monkeypatch):
+    """Two answers, and 0.5 for everything."""
+    def answer_two(policy, tokenizer, *args, **settings):
+        card = dict.fromkeys([*exam.CARD, "gold"], 0.5)
+        answers = []
+        for row in world.read("exam")[:2]:
+            answers.append(exam.Answer(row, "Hello.", True, world.judge(row, "Hello.")))
+        return card, answers
+    monkeypatch.setattr(exam, "exam", answer_two)
+
+
+def config_of(Config, folders, **changes):
+    settings = {"init": str(folders / "init"), "data": str(folders / "prompts.jsonl"),
+                "batch": 8, "save": False}
+    return Config(**settings | changes)
+
+
+def short_lines(capsys, folder):
+    """-> what was printed, of which no line is longer than 80 columns"""
+    lines = capsys.readouterr().out.split("\n")
+    assert max(len(line) for line in lines if str(folder) not in line) <= 80
+    return lines
+
+
+def test_safe_runs(folders, small_exam, capsys):
+    config = config_of(safe.Config, folders, steps=2, judges=str(folders / "judges"),
+                       reward=str(folders / "reward"))
+    numbers = safe.train(config)["numbers"]
+    assert len(numbers["price"]) == 2 and numbers["price"][0] != 1.0
+    assert "a limit" in words_of(safe.picture([numbers]))
+    assert any(line.startswith("FAIL harmless") for line in short_lines(capsys, folders))
+
+
+def test_goodhart_runs(folders, small_exam, capsys):
+    config = config_of(goodhart.Config, folders, steps=2, betas="0.1 0", judges=2,
+                       reward=str(folders / "reward"))
+    numbers = goodhart.train(config)["numbers"]
+    assert list(numbers["runs"]) == ["beta 0.1", "beta 0", "doubt"]
+    assert list(numbers["lost"]) == ["none", "price", "doubt", "alarm"]
+    assert "the truth" in words_of(goodhart.picture([numbers, numbers]))
+    json.dumps(numbers)
+
+
+def test_doubt_is_the_least_of_the_judges_scores(folders, small_exam, monkeypatch):
+    def likes_all(prompts, texts):
+        return torch.full([len(texts)], 1.0)
+
+    def likes_none(prompts, texts):
+        return torch.full([len(texts)], -1.0)
+    config = config_of(goodhart.Config, folders, steps=2)
+    log, texts, scores = goodhart.climb(config, 0.0, [likes_all, likes_none])
+    assert len(texts) == len(scores) == 2
+    assert scores[0] == [1.0] * 8                               # what the first judge says
+    assert all(row["score"] <= -1.0 for row in log)             # an endless answer has even less
+
+
+def test_race_runs(folders, small_exam, capsys):
+    config = config_of(race.Config, folders, tokens=1000)
+    numbers = race.train(config)["numbers"]
+    assert list(numbers["right"]) == ["reinforce", "rloo", "grpo", "ppo"]
+    assert len(numbers["right"]["ppo"]) == len(numbers["places"]) == 20
+    short_lines(capsys, folders)
+
+
+def test_forgetting_runs(folders, small_exam, tmp_path, capsys):
+    config = config_of(forgetting.Config, folders, steps=1, out=str(tmp_path), prompts=4,
+                       new=str(folders / "sft.jsonl"), shares="0")
+    numbers = forgetting.train(config)["numbers"]
+    assert numbers["gold"] == [0.5, 0.5]                        # before, and for each share
+    assert "gold" in words_of(forgetting.picture([numbers]))
+
+
+def test_landscape_runs(folders, monkeypatch, capsys):
+    def learn(name, config, **changes):
+        card = {"gold": 0.7, "kl": 0.5, "length": 20.0, "flattery": 0.1}
+        return {"after": card, "log": [{"chosen": 0.0, "rejected": -1.0}] * 3}
+    monkeypatch.setattr(landscape, "learn", learn)
+    config = config_of(landscape.Config, folders, runs="dpo kto")
+    numbers = landscape.train(config)["numbers"]
+    assert numbers["error"] < 1e-3
+    assert list(numbers["cards"]) == ["dpo", "kto"] and len(numbers["chosen"]) == 3
+    short_lines(capsys, folders)
+    landscape.train(config_of(landscape.Config, folders, runs="", quiet=True))
+
+
+@pytest.mark.parametrize("changes", [{"runs": "dpo ppppo"}, {"scenario": "rain"}])
+def test_landscape_names_what_it_does_not_know(folders, changes):
+    with pytest.raises(UserError, match="choose"):
+        landscape.train(config_of(landscape.Config, folders, quiet=True, **changes))
