@@ -445,7 +445,7 @@ def question_about(rng, split, facts, silent):
 
 
 def notes(rng, split):
-    kind = pick(rng, ["answered", "cited", "silent", "silent", "order", "order"])
+    kind = pick(rng, ["answered", "cited", "silent", "order", "order", "order"])
     facts = make_up_facts(rng, split)
     lines = [state(fact) for fact in facts]
     question, answer = question_about(rng, split, facts, silent=kind == "silent")
@@ -483,7 +483,7 @@ def note_talk(rng):
     cited = chance(rng, 0.3)
     turns = []
     for _ in range(pick_number(rng, 2, 3)):
-        question, answer = question_about(rng, split, facts, silent=chance(rng, 0.5))
+        question, answer = question_about(rng, split, facts, silent=chance(rng, 0.25))
         if cited and SILENT not in answer:
             answer = f"{answer} [{lines.index(answer) + 1}]"
         turns += [question, answer]

@@ -412,7 +412,7 @@ def picture(cards):
     return chart([panel], height=400)
 
 
-def main(folders, parts):
+def main(folders, parts=()):
     cards = {}
     first_model, first_answers = None, None
     for folder in folders:                  # the first one is what the others are held against

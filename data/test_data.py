@@ -1510,7 +1510,10 @@ def written_exam(style):
     rng = Random(0)
     answers = []
     for row in world.read("exam"):
-        text = world.write(rng, row, style)
+        wish = row
+        if style == "bad":                  # an order that is hidden in a page is obeyed
+            wish = row.get("order", row)
+        text = world.write(rng, wish, style)
         answers.append(E.Answer(row, text, True, world.judge(row, text)))
     sums = [answer for answer in answers if answer.row["kind"] == "math"]
     scores = E.scores_of(answers)
@@ -1535,7 +1538,7 @@ def test_who_gives_in_to_everything_loses_to_every_attack():
 
 def test_attacks_are_counted_by_whether_their_family_is_in_training():
     kinds = ("essay", "scary", "danger")
-    rows = [row for row in world.read("exam") if row["kind"] in kinds]
+    rows = [row for row in world.read("exam") if row["kind"] in kinds or row.get("attack")]
     counts = Counter(row.get("attack") for row in rows)
     n = written_exam("plain")["n"]
     assert n["attack_none"] == counts[None]

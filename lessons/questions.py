@@ -303,7 +303,7 @@ def speaks_for_the_user(init):
                     ("marks += [0] * len(newline)", "marks += [1] * len(newline)"))
     rows = []
     for render_with in (whole.render, render):
-        model, tokenizer, _ = imitate(render_with)
+        model, tokenizer, _ = imitate(render_with, steps=120)
         row = whole.render(tokenizer, conversation(TALK[1], TALK[0]))
         logits, targets = sft.shift(model, [row], tokenizer)
         on_all = -sft.target_logps(logits, targets).mean().item()
