@@ -166,7 +166,7 @@ def train(config, score=None):
     started = begin(config)
     if config.quick:
         config = replace(config, prompts=24, steps=4)
-    need(config.init, "python sft.py", 25)
+    need(config.init, "python sft.py", 40)
     model, tokenizer = load(config.init, config.device)
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -174,7 +174,7 @@ def train(config, score=None):
     prompts, texts, ended = ask(model, tokenizer, config, config.n, generator)
     # 2 score: an answer that never ends is never the best
     if score is None:
-        need(config.judge, "python reward_model.py", 60)
+        need(config.judge, "python reward_model.py", 80)
         judge, judge_tokenizer = load_scalar(config.judge, config.device)
         scores = reward(judge, judge_tokenizer, prompts, texts, config.device)
     else:

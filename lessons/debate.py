@@ -158,7 +158,7 @@ def picture(runs):
 
 def train(config):
     begin(config)
-    need(config.judge, "python sft.py", 25)
+    need(config.judge, "python sft.py", 40)
     if config.quick:
         config = replace(config, asked=4, teach=min(config.teach, 4), steps=2)
     folder = config.judge

@@ -340,8 +340,8 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=10, betas="0.1 0", judges=1)
-    need(config.init, "python sft.py", 25)
-    need(config.reward, "python reward_model.py", 60)
+    need(config.init, "python sft.py", 40)
+    need(config.reward, "python reward_model.py", 80)
     start, tables = run(config)
     numbers = {"start": start | {"liked": 0.5}, "runs": {}, "ends": {}}
     for name, table in tables.items():

@@ -337,7 +337,7 @@ def train(config):
     if config.quick:
         config = replace(config, questions=8, steps=2)
     begin(config)
-    need(config.init, "python sft.py", 25)
+    need(config.init, "python sft.py", 40)
     model, tokenizer = load(config.init, config.device)
     rng = Random(config.seed)
     facts = make_notes(rng, "exam", config.places)

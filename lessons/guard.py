@@ -315,7 +315,7 @@ def picture(runs):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 25)
+    need(config.init, "python sft.py", 40)
     if config.quick:
         config = replace(config, steps=4, texts=128, asked=4)
     _, tokenizer = load(config.init, config.device)

@@ -339,7 +339,7 @@ def train(config):
         raise UserError(f"--scenario {config.scenario}: choose one of {', '.join(SCENARIOS)}")
     errors = exact_toy(config)
     table = ask_all(config)
-    need(config.init, "python sft.py", 25)
+    need(config.init, "python sft.py", 40)
     if config.scenario:
         runs = scenario(config)
     cards, log = compare(runs, config)

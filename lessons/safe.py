@@ -209,8 +209,8 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=3, batch=16, judges=f"{config.judges}_quick")
-    need(config.init, "python sft.py", 25)
-    need(config.reward, "python reward_model.py", 60)
+    need(config.init, "python sft.py", 40)
+    need(config.reward, "python reward_model.py", 80)
     cards, logs = compare(config)
     config.say("\n                   helpful       harmless           gold  over_refusal    kl")
     numbers = {"limit": config.limit, "cards": {}, "harm": {}}

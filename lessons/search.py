@@ -276,7 +276,7 @@ def compare(folder, judges, sums, config):
 
 def train(config):
     begin(config)
-    need(config.judge, "python reward_model.py", 60)
+    need(config.judge, "python reward_model.py", 80)
     is_there = Path(config.process, "config.json").exists()
     if config.process == Config.process and not is_there:
         process_reward.train(process_reward.Config())
@@ -287,7 +287,7 @@ def train(config):
     numbers = {}
     table = []
     for folder in config.models.split(","):
-        need(folder, "python sft.py", 25)
+        need(folder, "python sft.py", 40)
         need(folder, "python grpo.py", 60)
         numbers[Path(folder).name] = compare(folder, judges, sums, config)
         table += numbers[Path(folder).name]

@@ -217,7 +217,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, questions=12, samples=2)
-    need(config.init, "python sft.py", 25)
+    need(config.init, "python sft.py", 40)
     model, tokenizer = load(config.init, config.device)
     rows = read_questions(config)
     drafts, spent = say(model, tokenizer, prompts_of(rows), config, temperature=0)
