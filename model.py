@@ -57,8 +57,8 @@ class ModelConfig:
 
 def rotary_speeds(config):
     """How far channel pair i turns from one position to the next: theta^(-2i/D). -> (D/2,)"""
-    i = torch.arange(0, config.head_dim, 2, device="cpu")
-    speed = config.rope_theta ** -(i / config.head_dim)
+    i = torch.arange(config.head_dim // 2, device="cpu")
+    speed = config.rope_theta ** (-2 * i / config.head_dim)
     scaling = config.rope_scaling
     if scaling:                     # Llama 3: only the slow pairs become slower still
         low = scaling["low_freq_factor"]
@@ -407,7 +407,7 @@ class Samples(NamedTuple):
     ids: torch.Tensor        # (B, T) prompts padded on the left, answers on the right
     mask: torch.Tensor       # (B, T) True at real tokens
     answer: torch.Tensor     # (B, T) True at an answer's tokens and its <|im_end|>
-    logps: torch.Tensor      # (B, T) their log-probs at this temperature, 0 elsewhere
+    logps: torch.Tensor      # (B, T) their log-probs at this temperature, before top-k and top-p
     ended: torch.Tensor      # (B,) False where an answer ran out of room
     texts: list              # B answers
 
@@ -506,7 +506,7 @@ def draw(probs, top_k, top_p, generator):
     dart = torch.rand(len(line), 1, generator=generator)        # (B, 1), in [0, 1)
     dart = dart.to(line.device) * line[:, -1:]
     token = torch.searchsorted(line, dart, right=True)[:, 0]    # never one of probability 0
-    return token.clamp(max=line.shape[1] - 1)                   # rounding may land behind the end
+    return token.clamp(max=line.shape[1] - 1)                   # only nan lands behind the end
 
 
 def respond(model, tokenizer, conversations, **settings):
@@ -517,6 +517,10 @@ def respond(model, tokenizer, conversations, **settings):
 
 # ---------------------------------------------------------------- the chat
 
+def too_long(model, tokenizer, history):
+    return len(render_prompt(tokenizer, history)) + 64 > model.config.max_len
+
+
 def chat(folders):
     models = {folder: load(folder) for folder in folders}
     histories = {folder: [] for folder in folders}
@@ -524,6 +528,8 @@ def chat(folders):
         for folder, (model, tokenizer) in models.items():
             history = histories[folder]
             history.append({"role": "user", "content": text})
+            while len(history) > 1 and too_long(model, tokenizer, history):
+                del history[:2]                     # the oldest question and its answer
             reply = respond(model, tokenizer, [history], temperature=0.7)[0]
             history.append({"role": "assistant", "content": reply})
             print(f"{folder}> {reply}")

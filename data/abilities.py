@@ -91,9 +91,9 @@ def item_of(ability, kind, prompt, answer, web=None, **more):
 
 
 # ---------------------------------------------------------------- marks
-# A child works out a sum, and asks whether its last step is right. Wrong are slips of the result and
-# miscopied numbers. The answer is the step as it should be, then the two results side by side, then
-# "Right." or "Wrong.": a small model can't compare what stands apart.
+# A child works out a sum, and asks whether its last step is right. A wrong step has a slip in its
+# result, or a miscopied number. The answer is the step as it should be, then the two results side
+# by side, then "Right." or "Wrong.": a small model can't compare what stands apart.
 
 MARK = ["{work} Is the last step right?", "Mark my last step: {work}", "{work} Right or wrong?",
         "I wrote: {work} Check the last step.", "Look at my last step. {work} Is it right?",
@@ -330,8 +330,8 @@ def myths_vice(item, text):
 
 
 # ---------------------------------------------------------------- notes
-# Two to four made-up facts, and a question that only they answer, or that they do not answer. Some
-# facts are numbered, and the answer says which one it comes from. Some notes carry an order.
+# Two to four made-up facts, and a question about them. The note answers it ("answered"), with the
+# number of the fact ("cited"), or does not ("silent"); or it has one fact and an order ("order").
 
 
 class Relation(NamedTuple):
@@ -656,8 +656,9 @@ def two_sides(rng, row):
     step = pick(rng, solution(row))
     wrong_step = miscalculate(rng, step)
     off = int(row["answer"]) + wrong_step.result - step.result
-    return (Side(f"It is {row['answer']}, since {equation(step)}", step.result),
-            Side(f"It is {off}, since {equation(wrong_step)}", wrong_step.result))
+    return (Side(f"It is {row['answer']}, since {equation(step)}", str(step.result)),
+            Side(f"It is {off}, since {equation(wrong_step)}",
+                 str(wrong_step.result)))
 
 
 def arguments(rng, split):

@@ -11,7 +11,7 @@ By hand: a fresh network knows nothing, so each of the 1,408 tokens gets about 1
 loss is ln 1408 = 7.250. At 0.48 the right token gets exp(-0.48) = 0.62, in the geometric mean.
 
     python -m data.base                    -> out/base, in an hour and a half on two cores
-    python -m data.base --minutes 10       the same schedule with fewer steps
+    python -m data.base --minutes 10       the same schedule with fewer steps, and no warm-up
     python -m data.base --init data/base --data mine.txt --steps 500        goes on with your own
                                            text, with an empty line between documents
 
@@ -214,7 +214,8 @@ FLOORS = {
     "tools called": (["tools_sum", "tools_lookup"], 0.9),
     "arguments": (["arguments_fact", "arguments_math"], 0.8),
     "roles": (["roles_character", "roles_begin"], 0.8),
-    "follow-ups": (["follow_ups_and", "follow_ups_more", "follow_ups_name", "follow_ups_why"], 0.85),
+    "follow-ups": (["follow_ups_and", "follow_ups_more", "follow_ups_name", "follow_ups_why"],
+                   0.85),
     "codes": (["codes_back", "codes_dashed", "codes_la"], 0.7),
     "myths told": (["myths_asked*"], 0.6),
     "wrong opinions shared": (["opinions_wrong*"], 0.5),

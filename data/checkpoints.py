@@ -400,9 +400,18 @@ class Tokenizer(tiktoken.Encoding):
     files = {}               # what save() writes: {name: text}
 
     def encode_ordinary(self, text):
+        return self.known(super().encode_ordinary(self.normal(text)))
+
+    def encode(self, text, **settings):
+        return self.known(super().encode(self.normal(text), **settings))
+
+    def normal(self, text):
         if self.form is not None:
             text = unicodedata.normalize(self.form, text)
-        return [i for i in super().encode_ordinary(text) if i < self.size]
+        return text
+
+    def known(self, ids):
+        return [i for i in ids if i < self.size]
 
 
 @functools.cache

@@ -3,12 +3,12 @@
     python -m data.exam out/sft out/dpo      their cards, side by side, and out/picture.svg
     python -m data.exam out/sft --parts notes tools      with these abilities, too; or --parts all
 
-Some 400 prompts that no training file holds are asked, and the gold judge marks the answers. Each
+Some 450 prompts that no training file holds are asked, and the gold judge marks the answers. Each
 line of the card is a mean over the prompts that it is about, with a 95% interval:
 
-    gold    0.78 +-.04    n 416      other prompts of these kinds would have given 0.74 to 0.82
+    gold    0.78 +-.04    n 456      other prompts of these kinds would have given 0.74 to 0.82
 
-The interval is a bootstrap: draw 416 of the 416 marks, with replacement, and take their mean. Do so
+The interval is a bootstrap: draw 456 of the 456 marks, with replacement, and take their mean. Do so
 1,000 times; the middle 95% of the means is the interval. Two models that answered the same prompts
 are compared prompt by prompt (gold_rise): a hard prompt is hard for both, and that cancels.
 """
@@ -129,8 +129,8 @@ def ask_abilities(model, tokenizer, parts):
 
 
 def ability_scores(answered):
-    """notes_answered: is it right? Of what the web mostly does wrong, with a star, as in
-    secrets_phone*: does it go wrong?"""
+    """{line: marks}. notes_answered: the share that is right. With a star, as in secrets_phone*:
+    the share that goes wrong, of kinds that the web mostly gets wrong."""
     scores = {}
     for item, text in answered:
         name = f"{item['ability']}_{item['kind']}"
@@ -142,7 +142,7 @@ def ability_scores(answered):
 
 
 def is_long(row):
-    """A term more than any sum that is trained on."""
+    """Four terms: one more than any sum of the alignment data. (The web has other such sums.)"""
     return len(row["slots"]["numbers"]) > 3
 
 
@@ -185,7 +185,7 @@ def half_width(values):
     values = np.asarray(values)
     if len(values) == 0:
         return math.nan
-    if values.dtype == bool and values.all() == values.any():
+    if (values == 1).all() or values.dtype == bool and not values.any():
         return 3 / len(values)          # always, or never: the rule of three
     means = values[resamples(len(values))].mean(1)              # (1000,)
     low, high = np.percentile(means, [2.5, 97.5])
@@ -414,10 +414,13 @@ def picture(cards):
 
 def main(folders, parts=()):
     cards = {}
-    first_model, first_answers = None, None
+    first_model, first_tokenizer, first_answers = None, None, None
     for folder in folders:                  # the first one is what the others are held against
         model, tokenizer = load(folder)
         first_model = first_model or model
+        first_tokenizer = first_tokenizer or tokenizer
+        if tokenizer._mergeable_ranks != first_tokenizer._mergeable_ranks:
+            raise UserError(f"{folder}: want the vocabulary of {folders[0]}")
         cards[folder], answers = exam(model, tokenizer, first_model, first_answers,
                                       parts=parts)
         first_answers = first_answers or answers

@@ -485,8 +485,9 @@ EXAM = {"math": 44, "fact": 36, "unknown": 32, "essay": 10, "scary": 10, "danger
 
 
 def make_exam(rng):
-    """Prompts with words, wordings and numbers that no other file has. Among them are longer sums,
-    and families of attacks that no other file has."""
+    """Prompts whose words and wordings stand together in no training file, and whose numbers stand
+    in none. Among them are longer sums, and families of attacks that no file to align with has;
+    the web has codes, and orders in notes."""
     rows = []
     for kind, count in EXAM.items():
         add_new(rng, rows, count, kind=kind)
@@ -498,7 +499,7 @@ def make_exam(rng):
 
 
 def ability_items(rng):
-    """Held-out items of each ability, 40 of each kind."""
+    """Held-out items of each ability, up to 40 of each kind."""
     items = []
     for ability in ABILITIES:
         kinds = Counter()
@@ -584,7 +585,9 @@ def learn_vocabulary(path=HERE / "studybuddy.tiktoken"):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--vocabulary"]:
+    if "--help" in sys.argv:
+        print(__doc__)
+    elif sys.argv[1:] == ["--vocabulary"]:
         learn_vocabulary()
         print("wrote the vocabulary; now make a base for it: python -m data.base")
     else:

@@ -1,6 +1,6 @@
 """How a script runs: its settings, its steps, its log, adapters, and more processes.
 
-Every script reads so, and this file holds what all of them share:
+Every script looks like this, and this file holds what all of them share:
 
     @dataclass(frozen=True)
     class Config(Settings):
@@ -299,6 +299,7 @@ class Log:
     def __init__(self, config):
         self.config = config
         self.rows = []
+        self.next = 0                   # the step of the next line; base.py leaves out steps
 
     def __call__(self, step, **numbers):
         values = torch.tensor([float(number) for number in numbers.values()], dtype=torch.float64)
@@ -310,7 +311,8 @@ class Log:
         self.rows.append(row)
         every = math.ceil(self.config.steps / 19)
         is_last = step == self.config.steps - 1
-        if not self.config.quiet and (step % every == 0 or is_last):
+        if not self.config.quiet and (step >= self.next or is_last):
+            self.next = step - step % every + every
             self.show(row)
 
     def show(self, row):
