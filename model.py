@@ -258,7 +258,8 @@ class ScalarModel(nn.Module):
         self.config = transformer.config
         self.transformer = transformer
         self.score = nn.Linear(self.config.d_model, k, bias=False)
-        nn.init.normal_(self.score.weight, std=1 / math.sqrt(self.config.d_model + 1))
+        std = 1 / math.sqrt(self.config.d_model + 1)
+        nn.init.normal_(self.score.weight, std=std)
         self.register_buffer("mean", torch.zeros(k))    # subtracted: an average answer scores 0
 
     def forward(self, ids, mask=None):
@@ -518,7 +519,8 @@ def respond(model, tokenizer, conversations, **settings):
 # ---------------------------------------------------------------- the chat
 
 def too_long(model, tokenizer, history):
-    return len(render_prompt(tokenizer, history)) + 64 > model.config.max_len
+    ids = render_prompt(tokenizer, history)
+    return len(ids) + 64 > model.config.max_len
 
 
 def chat(folders):

@@ -37,7 +37,7 @@ from data import exam, rows, studybuddy
 from data import run as house
 
 HERE = Path(__file__).parent
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(1)             # the quickest for models as tiny as these
 FULL = "--full" in sys.argv or os.environ.get("NANOALIGN_FULL") == "1"
 slow = pytest.mark.skipif(not FULL, reason="slow: python test_all.py --full")
 
