@@ -425,8 +425,9 @@ def main(folders, parts=()):
                                       parts=parts)
         first_answers = first_answers or answers
     show_cards(cards)
-    write_files("out", {"picture.svg": picture(cards)})
-    print("as a picture: out/picture.svg")
+    if len(cards) > 1:
+        write_files("out", {"picture.svg": picture(cards)})
+        print("as a picture: out/picture.svg")
 
 
 def read_parts(names):
