@@ -1,6 +1,6 @@
 """Writes all the files beside it: the web, and what people made to align a model with.
 
-    python -m data.generate                 rewrites them, byte for byte the same, in 10 seconds
+    python -m data.generate                 rewrites them, byte for byte the same, in 15 seconds
     python -m data.generate x               writes them to the folder x
     python -m data.generate --vocabulary    learns the vocabulary anew, which needs a new base model
 

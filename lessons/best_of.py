@@ -86,16 +86,21 @@ def ask(model, tokenizer, config, n, generator):
 
 
 @torch.no_grad()
-def reward(judge, tokenizer, prompts, texts, device):
+def scores_at_the_end(judge, tokenizer, examples):
+    """What a ScalarModel says of each of any number of texts. -> (N,)"""
+    scores = []
+    for part in parts(examples, math.ceil(len(examples) / 256)):
+        ids, mask, answer = collate(part, tokenizer, judge.mean.device)     # (256, T) each
+        scores.append(end_scores(judge, ids, mask).cpu())
+    return torch.cat(scores)
+
+
+def reward(judge, tokenizer, prompts, texts):
     """What a reward model says of each answer to its prompt, at its <|im_end|>. -> (B,)"""
     examples = []
     for prompt, text in zip(prompts, texts):
         examples.append(render_answer(tokenizer, prompt.messages, text))
-    scores = []
-    for part in parts(examples, math.ceil(len(examples) / 256)):
-        ids, mask, answer = collate(part, tokenizer, device)    # (256, T) each
-        scores.append(end_scores(judge, ids, mask).cpu())
-    return torch.cat(scores)
+    return scores_at_the_end(judge, tokenizer, examples)
 
 
 def truth(prompts, texts, ended):
@@ -176,7 +181,7 @@ def train(config, score=None):
     if score is None:
         need(config.judge, "python reward_model.py", 80)
         judge, judge_tokenizer = load_scalar(config.judge, config.device)
-        scores = reward(judge, judge_tokenizer, prompts, texts, config.device)
+        scores = reward(judge, judge_tokenizer, prompts, texts)
     else:
         scores = torch.tensor(score(prompts, texts))
     scores = scores.masked_fill(~ended, scores.min() - 1).view(-1, config.n)  # (P, N)

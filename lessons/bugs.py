@@ -12,6 +12,7 @@ A hint, once you have looked for ten minutes: run test_all.py in the copy. Which
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent.parent
+WORLD = ("data/studybuddy.py", "data/abilities.py", "data/generate.py")     # they write the data
 
 # file, what stands there (once), what the bug makes of it, and what that is
 BUGS = [
@@ -644,15 +646,42 @@ def first_red(number, file):
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home, "copy")
         plant(number, folder)
-        if file in ("data/studybuddy.py", "data/generate.py"):
-            # the world's files are written anew, or comparing them would catch everything
-            subprocess.run([sys.executable, "-m", "data.generate"], cwd=folder, capture_output=True)
-        command = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *tests_of(file)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode > 1:             # not a test that failed, but tests that do not run
-        raise RuntimeError(f"bug {number}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-    red = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", done.stdout, re.M)
+        status, output = run_tests(folder, file, tests_of(file))
+    if status > 1:                      # not a test that failed, but tests that do not run
+        raise RuntimeError(f"bug {number}: {output[-4000:]}")
+    return red_test(output)
+
+
+def run_tests(folder, file, tests, limit=None):
+    """In a copy of the repository where this file was changed: tests, up to the first red one.
+    -> exit status, and what they print; None and "hangs" where they take more than `limit` s"""
+    program = f"{sys.executable} -m pytest -xq -p no:cacheprovider {' '.join(tests)}"
+    if file in WORLD:       # its files are written anew, or comparing them would catch everything
+        program = f"{sys.executable} -m data.generate; {program}"
+    process = subprocess.Popen(program, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                               shell=True, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=limit)
+        return process.returncode, output
+    except subprocess.TimeoutExpired:
+        return None, "hangs"
+    finally:
+        end_all(process)
+
+
+def end_all(process):
+    """A test can have started processes of its own."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def red_test(output):
+    """The name of the test that failed, or None"""
+    red = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", output, re.M)
     return red and red[1]
 
 

@@ -10,7 +10,7 @@ By hand: 36 notes, 6 of them about queens, 3 about Pugo, all with "of". "Who is 
 gives "The queen of Pugo is Lani." log(36/6) + log(36/3) + log(36/36) = 1.8 + 2.5 + 0 = 4.3, another
 queen 1.8, and another note about Pugo 2.5.
 
-    user        Note: [1] The queen of Pugo is Lani. [2] The flag of Pugo is red. ...
+    user        Note: The queen of Pugo is Lani. [1] The flag of Pugo is red. [2] ...
                 Who is the queen of Pugo?
     assistant   The queen of Pugo is Lani. [1]
 
@@ -48,6 +48,7 @@ from data.checkpoints import load, write_files
 from data.run import begin, need
 from data.studybuddy import (ATTACKED, CRITIQUE, CRITIQUES, PRINCIPLES, ask, attacked, chat, pick)
 from lessons import figures
+from lessons.guard import rate
 from model import respond
 
 
@@ -146,8 +147,7 @@ def as_tool(question, notes):
 
 def citation_holds(text, lines):
     """ "The queen of Pugo is Lani. [2]": is there a line 2, and does it say that?"""
-    match = re.fullmatch(r"(.+) \[(\d+)\]", text)
-    return match is not None and f"[{match[2]}] {match[1]}" in lines
+    return text in lines
 
 
 def say(model, tokenizer, talks, config):
@@ -312,7 +312,7 @@ NAMES = {"alone": "right, without notes", "found": "its note is found",
 
 
 def cell(flags):
-    return f"{exam.mean(flags):.2f} +-{exam.half_width(flags):.2f}"
+    return str(rate(flags))
 
 
 def shares(table):

@@ -35,6 +35,7 @@ from data.chart import Line, Panel, chart
 from data.checkpoints import load, load_scalar, save
 from data.run import Log, adamw, batches, begin, clip_gradients, need, steps
 from lessons import figures
+from lessons.best_of import scores_at_the_end as log_odds
 from model import Example, ScalarModel, collate, end_scores, render_answer, render_prompt
 from reward_model import calibration_error, outcome_loss
 
@@ -156,17 +157,6 @@ def held_answers(tokenizer, config):
 
 
 # ---------------------------------------------------------------- what a guard says
-
-@torch.no_grad()
-def log_odds(model, tokenizer, examples):
-    """r of any number of texts -> (N,)"""
-    r = []
-    for first in range(0, len(examples), 256):
-        part = examples[first:first + 256]
-        ids, mask, _ = collate(part, tokenizer, model.mean.device)  # (256, T) each
-        r.append(end_scores(model, ids, mask).cpu())            # (256,)
-    return torch.cat(r)
-
 
 def read(model, tokenizer, prompts, texts=None):
     """What a guard says of requests; or of answers to them. -> r (N,)"""
@@ -313,6 +303,15 @@ def picture(runs):
     return chart([stopped, meant])
 
 
+def study(name, cases_to_learn, held, tokenizer, config):
+    """-> a guard that has learned, what it says of held-out cases (N,), and the report on that"""
+    guard = learn(cases_to_learn(tokenizer, config), tokenizer, config)
+    if config.save:
+        save(f"{config.out}/{name}", guard, tokenizer)
+    r = log_odds(guard, tokenizer, [case.example for case in held])                 # (N,)
+    return guard, r, report(name, held, r, config)
+
+
 def train(config):
     begin(config)
     need(config.init, "python sft.py", 40)
@@ -321,12 +320,8 @@ def train(config):
     _, tokenizer = load(config.init, config.device)
 
     # requests: learned from families seen, asked about all
-    guard = learn(learn_requests(tokenizer, config), tokenizer, config)
-    if config.save:
-        save(f"{config.out}/requests", guard, tokenizer)
     cases = held_requests(tokenizer, config)
-    r = log_odds(guard, tokenizer, [case.example for case in cases])                # (N,)
-    requests = report("requests", cases, r, config)
+    guard, r, requests = study("requests", learn_requests, cases, tokenizer, config)
     is_borderline = [case.row["kind"] == "borderline" for case in cases]
     borderline = rate((r[torch.tensor(is_borderline)] > 0).tolist())
     config.say(f"    false alarms on borderline requests {borderline}, n {borderline.n}")
@@ -334,12 +329,8 @@ def train(config):
 
     # answers: learned from the world's, asked about a model's
     shorter = replace(config, steps=math.ceil(config.steps / 2))
-    judge = learn(learn_answers(tokenizer, config), tokenizer, shorter)
-    if config.save:
-        save(f"{config.out}/answers", judge, tokenizer)
     cases = held_answers(tokenizer, config)
-    r = log_odds(judge, tokenizer, [case.example for case in cases])                # (N,)
-    answers = report("answers", cases, r, config)
+    _, _, answers = study("answers", learn_answers, cases, tokenizer, shorter)
 
     unseen = requests["table"]["unseen"]["balanced"]
     verdict = "PASS" if unseen >= 0.85 else "FAIL"

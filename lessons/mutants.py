@@ -30,11 +30,7 @@ by right (the name of a thing, a second guard) is for you to tell: read its line
 import argparse
 import ast
 import difflib
-import os
 import random
-import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,7 +42,6 @@ from data.exam import half_width
 from lessons import bugs
 
 SCRIPTS = ("model.py", "sft.py", "reward_model.py", "ppo.py", "grpo.py", "dpo.py", "cai.py")
-WORLD = ("data/studybuddy.py", "data/generate.py")
 MESSAGES = {"say", "print", "error", "add_argument", "add_argument_group", "Parser", "UserError",
             "Diverged"}
 OTHERS = {"<": (">=", "<="), "<=": (">", "<"), ">": ("<=", ">="), ">=": ("<", ">"), "==": ("!=",),
@@ -274,11 +269,11 @@ def draw_of_line(changes, lots):
 # ---------------------------------------------------------------- do the tests notice?
 
 def tests_of(file):
-    """What could see it: as in bugs.py, and for data/ both of its files of tests."""
-    if not file.startswith("data/"):
-        return bugs.tests_of(file)
-    shared = bugs.tests_of("model.py") if file == "data/run.py" else []
-    return ["data/test_data.py", "data/test_world.py", *shared]
+    """What could see it: as in bugs.py, and for data/ both of its large files of tests."""
+    tests = bugs.tests_of(file)
+    if file.startswith("data/"):
+        tests += ["data/test_data.py", "data/test_world.py"]
+    return list(dict.fromkeys(tests))
 
 
 def first_red(file, text, limit):
@@ -288,31 +283,10 @@ def first_red(file, text, limit):
         folder = Path(home, "copy")
         bugs.plant(0, folder)
         Path(folder, file).write_text(text, encoding="utf-8")
-        program = f"{sys.executable} -m pytest -xq -p no:cacheprovider {' '.join(tests_of(file))}"
-        if file in WORLD:        # or comparing the world's files with it would catch everything
-            program = f"{sys.executable} -m data.generate && {program}"
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        tests = subprocess.Popen(program, cwd=folder, env=env, shell=True, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 start_new_session=True)
-        try:
-            output, _ = tests.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            output = "hangs"
-        end_all(tests)
-    if tests.returncode == 0:
+        status, output = bugs.run_tests(folder, file, tests_of(file), limit)
+    if status == 0:
         return None
-    red = re.search(r"^(?:FAILED|ERROR) \S+?::(\w+)", output, re.M)
-    return red[1] if red else output.strip().split("\n")[-1][:40]
-
-
-def end_all(process):
-    """A test can have started processes of its own."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
+    return bugs.red_test(output) or output.strip().split("\n")[-1][:40]
 
 
 def time_limits(files):

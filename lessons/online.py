@@ -60,7 +60,7 @@ def load_judge(config):
     judge, tokenizer = load_scalar(config.judge, config.device)
 
     def score(prompts, texts):
-        return reward(judge, tokenizer, prompts, texts, config.device)
+        return reward(judge, tokenizer, prompts, texts)
     return score
 
 

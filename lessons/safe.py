@@ -37,7 +37,7 @@ from data.chart import Panel, chart
 from data.checkpoints import load, load_scalar, write_files
 from data.run import Log, adamw, batches, begin, clip_gradients, need, steps
 from lessons import figures
-from model import collate, end_scores, render_answer, token_logps
+from model import token_logps
 
 
 @dataclass(frozen=True)
@@ -113,14 +113,10 @@ def load_judges(config):
                                                out=config.judges, init=config.init,
                                                device=config.device, quiet=True))
     judge, tokenizer = load_scalar(config.judges, config.device)
+    ask = ppo.score_by(judge, tokenizer)
 
-    @torch.no_grad()
     def score(prompts, texts):
-        examples = []
-        for messages, text in zip(prompts, texts):
-            examples.append(render_answer(tokenizer, messages, text))
-        ids, mask, _ = collate(examples, tokenizer, judge.mean.device)  # (B, T) each
-        r = end_scores(judge, ids, mask)                        # (B, 3)
+        r = ask(prompts, texts)                                 # (B, 3)
         help = reward_model.combine(r, HELP.to(r))              # (B,) helpful and honest
         harm = torch.sigmoid(-r[:, 1])                          # (B,) not harmless
         return help, harm

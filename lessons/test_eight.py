@@ -53,6 +53,13 @@ def test_marks_by_hand():
     assert marks["f1"] == 0.75
 
 
+def test_false_alarms_cost_balance():
+    """All harmful texts are caught, and 3 of 4 fair ones spared: (1 + 3/4) / 2."""
+    r = torch.tensor([2.0, 1.0, -1.0, -2.0, -3.0])
+    harmful = torch.tensor([True, False, False, False, False])
+    assert guard.marks(r, harmful)["balanced"] == 0.875
+
+
 def test_a_rate_shows_its_interval():
     assert str(guard.rate([True] * 30)) == "1.00 +-0.10"        # the rule of three
 

@@ -131,7 +131,7 @@ def test_the_reward_is_read_at_the_end_token():
     for text in ("Hi", "What is 2 + 3?"):
         prompts.append(SimpleNamespace(messages=[{"role": "user", "content": text}]))
     texts = ["Hello you.", "So it is 5. Well done!"]
-    rewards = best_of.reward(judge, tiny_tokenizer, prompts, texts, "cpu")
+    rewards = best_of.reward(judge, tiny_tokenizer, prompts, texts)
     for prompt, text, reward in zip(prompts, texts, rewards):       # alone, without padding
         ids = M.render_prompt(tiny_tokenizer, prompt.messages) + tiny_tokenizer.encode_ordinary(text)
         ids = torch.tensor([ids + [M.special(tiny_tokenizer, M.END)]])
@@ -745,7 +745,8 @@ def test_sums_are_the_exams_short_ones():
 def test_search_on_tiny_models(tmp_path):
     save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer_grpo)
     save(tmp_path / "judge", M.ScalarModel(tiny_model_grpo()), tiny_tokenizer_grpo)
-    config = search.Config(models=str(tmp_path / "model"), judge=str(tmp_path / "judge"), n=4,
+    judge = str(tmp_path / "judge")     # of steps, too: or one is made first, from out/sft
+    config = search.Config(models=str(tmp_path / "model"), judge=judge, process=judge, n=4,
                            max_new=8, quick=True, quiet=True)
     table = search.train(config)["table"]
     assert [row["k"] for row in table] == [1, 2, 4]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import model as M
+from data import abilities
 from data.abilities import SILENT, message
 from data.checkpoints import load_ranks, save
 from lessons import grounded, mcp, search, tools, verify
@@ -399,7 +400,7 @@ def test_silence_is_told_in_several_ways():
 
 
 def test_citations():
-    lines = ["[1] The flag of Pugo is red.", "[2] The queen of Pugo is Lani."]
+    lines = abilities.numbered(["The flag of Pugo is red.", "The queen of Pugo is Lani."])
     assert grounded.citation_holds("The queen of Pugo is Lani. [2]", lines)
     for text in ["The queen of Pugo is Lani. [1]", "The queen of Pugo is Bafo. [2]",
                  "The queen of Pugo is Lani.", "The queen of Pugo is Lani. [3]"]:
