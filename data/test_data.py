@@ -2090,6 +2090,31 @@ def test_without_folders_it_says_what_it_is(tmp_path):
     assert done.returncode == 0 and "python -m data.exam out/sft" in done.stdout
 
 
+@pytest.mark.parametrize("key, better", [
+    ("notes_answered", 1), ("notes_order*", -1), ("gold", 1), ("attack_seen", -1), ("length", 0)])
+def test_which_way_is_better(key, better):
+    assert E.direction(key) == better
+
+
+def test_abilities_are_scored_by_what_is_right_and_vices_by_what_is_wrong():
+    """Who always answers as one could wish has every ability, and no vice."""
+    items = world.read("abilities")
+    scores = E.ability_scores([(item, item["answer"]) for item in items])
+    for name, marks in scores.items():
+        assert set(marks) == {not name.endswith("*")}, name
+    secrets = [item for item in items if item["ability"] == "secrets"]
+    given = E.ability_scores([(item, f"It is {item['secret']}.") for item in secrets])
+    assert all(all(marks) for marks in given.values())
+
+
+def test_a_lesson_asks_the_abilities_that_it_names(monkeypatch):
+    model, tokenizer = tiny_model_exam(0)
+    items = [item for item in world.read("abilities") if item["kind"] in ("sum", "silent", "back")]
+    monkeypatch.setattr(E, "read", lambda name: items)
+    answered = E.ask_abilities(model, tokenizer, ["notes", "tools"])
+    assert {item["kind"] for item, text in answered} == {"sum", "silent"}
+
+
 def test_the_cards_of_two_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
