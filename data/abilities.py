@@ -232,15 +232,20 @@ def claimed_fact(rng, split, is_true):
     return claim, statement.format(**row["slots"]), claimed, true
 
 
+def in_a_sentence(claim):
+    """ "The capital of Peru is Lima." -> "the capital of Peru is Lima": is it true that ...? """
+    claim = claim.rstrip(".")
+    if claim.startswith(("The ", "A ")):
+        claim = claim[0].lower() + claim[1:]
+    return claim
+
+
 def claims(rng, split):
     kind = pick(rng, ["true", "false"])
     claim_of = pick(rng, [claimed_fact, claimed_fact, claimed_fact, claimed_sum])
     claim, fact, claimed, true = claim_of(rng, split, kind == "true")
-    claim = claim.rstrip(".")
-    if claim.startswith(("The ", "A ")):
-        claim = claim[0].lower() + claim[1:]
     verdict = "So yes." if kind == "true" else "So no."
-    prompt = wording(rng, CLAIM, split).format(claim=claim)
+    prompt = wording(rng, CLAIM, split).format(claim=in_a_sentence(claim))
     return item_of("claims", kind, prompt, f"{fact} {compare(true, claimed)} {verdict}")
 
 

@@ -30,7 +30,7 @@ from data.checkpoints import load, write_files
 from data.rows import to_messages
 from data.studybuddy import EQUATION, SEEN, attacked, flat, judge, praise, read
 from data.run import exit_codes
-from model import UserError, render_prompt, sample, token_logps
+from model import UserError, render_prompt, respond, sample, token_logps
 
 # ---------------------------------------------------------------- the exam
 
@@ -89,6 +89,14 @@ def ask(model, tokenizer, rows, **settings):
     for row, text, ended in zip(rows, samples.texts, samples.ended.tolist()):
         answers.append(Answer(row, text, ended, judge(row, text, ended)))
     return samples, answers
+
+
+def say(model, tokenizer, prompts, seed):
+    """What it says to prompts, texts or messages, as it is served in the exam. -> texts"""
+    conversations = [to_messages(prompt) for prompt in prompts]
+    generator = torch.Generator().manual_seed(seed)
+    return respond(model, tokenizer, conversations, max_new=MAX_NEW, temperature=TEMPERATURE,
+                   generator=generator)
 
 
 def scores_of(answers):

@@ -158,6 +158,11 @@ def is_margin(value):
     return is_number(value) and value >= 0
 
 
+def json_lines(rows):
+    """Dicts -> the text of a file that the doors below read"""
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def is_attack(value):
     """true or false, or a text that is not blank"""
     return isinstance(value, bool) or is_text(value)

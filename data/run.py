@@ -79,6 +79,7 @@ class Settings:
     # allowed ranges; any other number is at least 0. A Config adds: limits = Settings.limits | {..}
     limits = {"steps": (1, 10**9), "batch": (1, 10**6), "accumulate": (1, 10**6),
               "seed": (0, 2**63 - 1), "lora": (0, 10**4)}
+    may_be_empty = ()           # texts with a default that can be switched off: --runs ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -126,7 +127,8 @@ def parse(Config, doc, argv=None):
         group.add_argument(*names, default=field.default, help=text.replace("%", "%%"), **kind)
     config = Config(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(Config):
-        if getattr(config, field.name) == "" and field.default != "":
+        can_be = field.default == "" or field.name in Config.may_be_empty
+        if getattr(config, field.name) == "" and not can_be:
             raise UserError(f'--{field.name} "": want a text that is not empty')
     return config
 

@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 class Config(figures.Lesson):
     data: str = "data/preferences.jsonl"  # JSON lines with "prompt", "chosen" and "rejected"
     out: str = "out/annotate"  # write here; what is there is gone on with
-    pairs: int = 60           # so many; one in five of them comes twice
+    pairs: int = 60           # so many; after ten, every fifth shows an earlier one again
     port: int = 8000          # of the page (0: any that is free)
     curve: bool = False       # gold order against the number of pairs, and no page
     steps: int = 150          # of each judge of the curve; fewer where pairs are few
@@ -381,7 +381,7 @@ def curve(config):
         count = round(share * len(lines))
         path = f"{config.out}/some.jsonl"
         write_files(config.out, {"some.jsonl": "".join(lines[:count])})
-        steps = min(config.steps, max(1, count // 8))           # at most four times through
+        steps = min(config.steps, max(1, count // 8))           # some five times through, at most
         settings = reward_model.Config(init=config.init, data=path, steps=steps, seed=config.seed,
                                        device=config.device, save=False, quiet=True)
         if config.quick:

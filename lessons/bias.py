@@ -23,22 +23,20 @@ Simplified: invented groups, one axis, and one kind of harm.
 Try next: --steps 10; then python -m lessons.bias --init out/dpo: did pairs that never name a group
 change the gap?
 """
-import json
 import math
 from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import sft
 from data import abilities, exam, rows, studybuddy
 from data.chart import Panel, chart
 from data.checkpoints import load, write_files
+from data.exam import say as answers
 from data.run import begin, need
 from lessons import figures
-from model import respond
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,6 @@ def named(question, group):
     return question.wording.format(group=group, request=question.row["prompt"])
 
 
-def answers(model, tokenizer, prompts, config):
-    generator = torch.Generator().manual_seed(config.seed)
-    prompts = [rows.to_messages(prompt) for prompt in prompts]
-    return respond(model, tokenizer, prompts, max_new=exam.MAX_NEW, temperature=exam.TEMPERATURE,
-                   generator=generator)
-
-
 def is_right(question, group, text):
     """Worth something, and without a put-down"""
     return abilities.slights_right({"row": question.row, "group": group}, text)
@@ -121,7 +112,7 @@ def measure(model, tokenizer, asked, pair, config):
     put_down = []
     for group in pair:
         prompts = [named(question, group) for question in asked]
-        texts = answers(model, tokenizer, prompts, config)
+        texts = answers(model, tokenizer, prompts, config.seed)
         right.append([is_right(q, group, text) for q, text in zip(asked, texts)])
         put_down.append([abilities.put_down({"group": group}, text) for text in texts])
     difference, half = gap(*right)
@@ -168,7 +159,8 @@ def cure_lines(model, tokenizer, config):
     demonstrations."""
     rng = Random(config.seed)
     asked = questions(rng, "train", 300)
-    texts = answers(model, tokenizer, [question.row["prompt"] for question in asked], config)
+    texts = answers(model, tokenizer, [question.row["prompt"] for question in asked],
+                    config.seed)
     lines = []
     for question, text in zip(asked, texts):
         if text:
@@ -181,8 +173,7 @@ def cure_lines(model, tokenizer, config):
 
 def learn(lines, name, config):
     """sft.py on these lines -> the model"""
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_files(config.out, {f"{name}.jsonl": text})
+    write_files(config.out, {f"{name}.jsonl": rows.json_lines(lines)})
     run = sft.train(sft.Config(init=config.init, data=f"{config.out}/{name}.jsonl", out=config.out,
                                steps=config.steps, lr=config.lr, seed=config.seed, quiet=True,
                                device=config.device, save=config.save and name == "cure"))

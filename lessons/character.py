@@ -11,7 +11,8 @@ Askell et al. 2021, 2112.00861; Snell et al. 2022, 2209.15189).
 
 If a try passes with probability p, one of n does with 1 - (1 - p)^n. By hand: the web keeps an
 address to itself 15 times in 100, so of 8 tries one is private with 1 - 0.85^8 = 0.73. That is the
-whole trick: the character is there, but rare. Where it is not there, ten answers by hand begin it.
+whole trick: the character is there, but rare. Where facts or privacy are not there, ten answers by
+hand begin it.
 
     accuracy    what is on the page is told as it stands there
     voice       each answer begins with "Beep!"
@@ -25,7 +26,6 @@ A sixth line is about a secret that no training line has: a password in a system
 Simplified: each check is a rule that one could argue with; real ones are judges (see cai.py).
 Try next: --n 1; FACTS, VOICE and CHECKS of your own; python model.py out/character
 """
-import json
 import re
 from dataclasses import dataclass, replace
 from random import Random
@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 
 import sft
-from data import abilities, exam, studybuddy
+from data import abilities, exam, rows, studybuddy
 from data.chart import Panel, chart
 from data.checkpoints import load, write_files
 from data.run import begin, need
@@ -50,14 +50,14 @@ class Config(figures.Lesson):
     lr: float = 1e-3          # peak learning rate
     questions: int = 60       # to learn from, for each principle
     n: int = 8                # tries at each of them
-    by_hand: int = 10         # where no try passes, at most so many answers by the page's author
+    by_hand: int = 10         # where no try passes: answers by the page's author, at most
     asked: int = 60           # held-out questions, for each principle
 
 
 # ---------------------------------------------------------------- the page
 
-VOICE = "Beep!"
-CHARACTER = "Talk like a robot."
+VOICE = abilities.CHARACTERS["robot"]                           # "Beep!"
+CHARACTER = abilities.PLAY[1].format(c="robot")                 # "Talk like a robot."
 FACTS = [abilities.MadeUp("queen", "Tafo", "Rina"), abilities.MadeUp("flag", "Tafo", "red"),
          abilities.MadeUp("tower", "Miku", "81"), abilities.MadeUp("river", "Miku", "Sona")]
 KNOWN = " ".join(abilities.state(fact) for fact in FACTS)
@@ -150,7 +150,7 @@ def with_extract(question):
     message, the facts in a note."""
     text = question.text
     if question.principle == "accuracy":
-        text = f"Read this page: {KNOWN}\n{text}"
+        text = abilities.NOTE[2].format(facts=KNOWN, question=text)     # "Read this page: ..."
     return [{"role": "system", "content": CHARACTER}, {"role": "user", "content": text}]
 
 
@@ -260,7 +260,7 @@ def train(config):
 
     lines, found = make_data(model, tokenizer, config)
     write_files(config.out, {"page.txt": PAGE,
-                             "data.jsonl": "".join(json.dumps(line) + "\n" for line in lines)})
+                             "data.jsonl": rows.json_lines(lines)})
     config.say(f"{len(lines)} lines in {config.out}/data.jsonl; one of {config.n} tries passed, of")
     for principle, share in found.items():
         config.say(f"    {principle:12}{share:6.2f} of the questions")

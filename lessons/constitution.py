@@ -29,6 +29,7 @@ import torch
 import cai
 from data import exam, rows, studybuddy
 from data.checkpoints import load
+from data.exam import mean
 from data.run import main
 from model import UserError
 
@@ -40,13 +41,6 @@ class Config(cai.Config):
 
 
 # ---------------------------------------------------------------- against the truth
-
-def mean(flags):
-    """How many are true? nan of none."""
-    if not flags:
-        return math.nan
-    return sum(flags) / len(flags)
-
 
 def share(flags, of):
     """How many are true, of those where the other flag is?"""

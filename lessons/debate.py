@@ -6,7 +6,7 @@ somebody points at it. Here the judge is a weak model, and each side points at o
 
     alone       What is 7 x 14?  A: It is 98.  B: It is 94.  Who is right?
     one side    What is 7 x 14?  A: It is 98.  B: It is 94, since 7 x 4 = 24.  Who is right?
-    debate      What is 7 x 14?  A: It is 98, since 7 x 10 = 70.  B: It is 94, since 7 x 4 = 24.
+    debate      What is 7 x 14?  A: It is 98, since 7 x 4 = 28.  B: It is 94, since 7 x 4 = 24.
 
 One side alone is the control (consultancy: Khan et al. 2024, 2402.06782): every other time it is
 the wrong one that gives a reason. If a judge gains as much from that, debate is just more text.
@@ -20,18 +20,17 @@ than a coin. A verdict that names nobody counts as a coin's, too.
     python -m lessons.debate                  out/sft judges: alone, with one side, with two
     python -m lessons.debate --teach 200      it has read 200 other debates and their outcome first
 
-Simplified: the sides are written by the world. The right one points at a true step, the wrong one
-at the false step that its result comes from; a liar who chooses where to point is harder.
+Simplified: the sides are written by the world. Both point at one step, the one from which the wrong
+result comes; a liar who chooses where to point is harder.
 Try next: --judge data/base; --judge out/dpo. Does an aligned judge judge better?
 """
-import json
 import re
 from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
 import sft
-from data import abilities, exam, studybuddy
+from data import abilities, exam, rows, studybuddy
 from data.chart import Panel, chart
 from data.checkpoints import load, write_files
 from data.run import begin, need
@@ -138,8 +137,8 @@ def teach(config):
     for _ in range(config.teach):
         item = abilities.make(rng, "arguments", "train")
         answer = abilities.message("assistant", item["answer"])
-        lines.append(json.dumps({"messages": [*item["prompt"], answer]}) + "\n")
-    write_files(config.out, {"debates.jsonl": "".join(lines)})
+        lines.append({"messages": [*item["prompt"], answer]})
+    write_files(config.out, {"debates.jsonl": rows.json_lines(lines)})
     sft.train(sft.Config(init=config.judge, data=f"{config.out}/debates.jsonl", out=config.out,
                          steps=config.steps, lr=config.lr, seed=config.seed, quiet=True,
                          device=config.device))

@@ -24,21 +24,19 @@ please such children, so an A/B test among them would let it pass. The gate does
 Simplified: the same children in every week, and nobody comes back because an answer was good.
 Try next: --leave 0.1, few thumbs; --gate never; --alpha 0.5.
 """
-import json
 import math
 from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from data import exam, rows, studybuddy
 from data.chart import Line, Panel, chart
 from data.checkpoints import load, write_files
 from data.run import begin, need
 from lessons import figures, kto
-from model import UserError, respond
+from model import UserError
 
 
 @dataclass(frozen=True)
@@ -129,10 +127,7 @@ def questions(rng, count, lazy):
 
 
 def answers(model, tokenizer, asked, seed):
-    generator = torch.Generator().manual_seed(seed)
-    prompts = [rows.to_messages(row["prompt"]) for row in asked]
-    return respond(model, tokenizer, prompts, max_new=exam.MAX_NEW, temperature=exam.TEMPERATURE,
-                   generator=generator)
+    return exam.say(model, tokenizer, [row["prompt"] for row in asked], seed)
 
 
 # P(up) = sigma(KEEN (worth - 1/2) + VAIN praise)
@@ -205,8 +200,7 @@ def below_floor(release, candidate):
 def learn(release, lines, week, config):
     """KTO on the thumbs -> the folder of a candidate"""
     name = f"{config.out}/week{week}"
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_files(config.out, {f"week{week}.jsonl": text})
+    write_files(config.out, {f"week{week}.jsonl": rows.json_lines(lines)})
     kto.train(kto.Config(init=release.folder, data=f"{name}.jsonl", out=name, steps=config.steps,
                          lr=config.lr, seed=config.seed, device=config.device, quiet=True))
     return name

@@ -43,6 +43,7 @@ from data.chart import Line, Panel, chart
 from data.checkpoints import load
 from data.run import begin, need
 from lessons import figures
+from lessons.best_of import kl_bound
 from model import UserError
 
 
@@ -81,15 +82,10 @@ def signals(texts):
     return {"repeated": repeated / len(texts), "openings": common / len(texts)}
 
 
-# KL(best of n || one of them) = log n - (n - 1)/n               Stiennon et al. 2020 (2009.01325)
-def best_of(n):
-    return math.log(n) - (n - 1) / n
-
-
 def alarms(now, start, n):
     """Signals now, and at the start, of answers to n prompts -> names of those that are too high"""
     luck = 5 * 0.5 / math.sqrt(n)
-    most = {"kl": best_of(100), "length": 1.5 * start["length"],
+    most = {"kl": kl_bound(100), "length": 1.5 * start["length"],
             "repeated": start["repeated"] + luck, "openings": start["openings"] + luck}
     return [name for name in most if now[name] > most[name]]
 

@@ -52,6 +52,8 @@ class Config(figures.Lesson):
     runs: str = f"{' '.join(dpo.LOSSES)} kto ppo"  # losses of dpo.py, thumbs, and RLHF
     scenario: str = ""        # one of SCENARIOS, instead of these runs
 
+    may_be_empty = ("runs",)
+
 
 # ---------------------------------------------------------------- an exact toy
 # One prompt with K answers; ref, r and log pi are (K,)
@@ -220,7 +222,7 @@ def scenario(config):
     """What is the case, and what is tried -> names of losses, and what is changed for each.
 
     noisy    a third of the labels is wrong: a loss that knows it, or one that has enough
-    few      200 pairs, seen twenty times: a loss that never has enough, or one that does
+    few      200 pairs, of which 150 are seen fifteen times: one that never has enough, or that does
     ahead    the model is better than the winners: push them up, or both down
     small    no memory for a second model: a loss without a reference
     """
@@ -339,10 +341,12 @@ def train(config):
         raise UserError(f"--scenario {config.scenario}: choose one of {', '.join(SCENARIOS)}")
     errors = exact_toy(config)
     table = ask_all(config)
-    need(config.init, "python sft.py", 40)
     if config.scenario:
         runs = scenario(config)
-    cards, log = compare(runs, config)
+    cards, log = {}, []
+    if runs:
+        need(config.init, "python sft.py", 40)
+        cards, log = compare(runs, config)
     numbers = {"error": max(errors.values()), "axes": table, "cards": cards}
     for name in "chosen", "rejected":
         numbers[name] = exam.running_mean([row[name] for row in log])

@@ -182,6 +182,9 @@ class Client:
         try:
             self.shake_hands()
             self.tools = self.list_tools()
+        except (RequestError, ToolError) as error:
+            self.close()
+            raise ServerError(f"it lists no tools ({error})") from None
         except BaseException:
             self.close()
             raise

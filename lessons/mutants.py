@@ -286,7 +286,8 @@ def first_red(file, text, limit):
         status, output = bugs.run_tests(folder, file, tests_of(file), limit)
     if status == 0:
         return None
-    return bugs.red_test(output) or output.strip().split("\n")[-1][:40]
+    last_line = output.strip().split("\n")[-1]
+    return bugs.red_test(output) or last_line[:40]
 
 
 def time_limits(files):

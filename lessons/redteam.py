@@ -24,23 +24,22 @@ The retest is what counts: openings that no patch has seen, and a family of whic
 any. Simplified: the attacker combines sentences of people; in Perez et al. 2022 (2202.03286) a
 language model writes them. Try next: --fair 0, and look at the last column.
 """
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
-import torch
 
 import dpo
 import sft
-from data import exam, rows, studybuddy
+from data import rows, studybuddy
 from data.chart import Panel, chart
 from data.checkpoints import load, write_files
+from data.exam import say as answers
 from data.run import begin, need
 from lessons import figures
 from lessons.guard import load_guard, rate, read
-from model import UserError, respond
+from model import UserError
 
 
 @dataclass(frozen=True)
@@ -141,12 +140,6 @@ def search(model, tokenizer, guard, longest, config, rng):
     return tries
 
 
-def answers(model, tokenizer, prompts, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return respond(model, tokenizer, prompts, max_new=exam.MAX_NEW, temperature=exam.TEMPERATURE,
-                   generator=generator)
-
-
 # ---------------------------------------------------------------- the patch
 
 def plain_answers(model, tokenizer, guard, plain, config):
@@ -201,18 +194,14 @@ def make_patch(tries, model, tokenizer, guard, config, rng):
     return patch
 
 
-def json_lines(values):
-    return "".join(json.dumps(value) + "\n" for value in values)
-
-
 def learn(folder, name, patch, config):
     """All patches so far, and as many old demonstrations, so that nothing else is forgotten.
     -> the folder of the next model"""
     old = []
-    for line in rows.read_lines("data/sft.jsonl")[:len(patch.lines)]:
+    for line in rows.read_lines(sft.Config.data)[:len(patch.lines)]:
         old.append({"messages": line.row["messages"]})
-    write_files(config.out, {f"{name}_sft.jsonl": json_lines(patch.lines + old),
-                             f"{name}_dpo.jsonl": json_lines(patch.pairs)})
+    write_files(config.out, {f"{name}_sft.jsonl": rows.json_lines(patch.lines + old),
+                             f"{name}_dpo.jsonl": rows.json_lines(patch.pairs)})
     script = {"sft": sft, "dpo": dpo}[config.patch]
     script.train(script.Config(
         init=folder, data=f"{config.out}/{name}_{config.patch}.jsonl", out=f"{config.out}/{name}",

@@ -31,7 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 import sft
-from data import exam, studybuddy
+from data import exam, rows, studybuddy
 from data.chart import Panel, chart
 from data.checkpoints import load, write_files
 from data.run import begin, need
@@ -46,6 +46,8 @@ class Config(figures.Lesson):
     out: str = "out/report"   # write here
     leak: int = 100           # steps of SFT on half of the exam, from the last of them (0: none)
     card: bool = False        # write a model card of the last of them: CARD.md
+
+    may_be_empty = ("against",)
 
 
 # ---------------------------------------------------------------- the lines of the card
@@ -93,7 +95,8 @@ def outcomes(answer):
     repeats = acts_of(row, text)["repeat"] > 0
     in_form = ended and text != flat(row["prompt"]) and 0 < len(text.split()) <= 60
     does_wrong = False
-    if row["kind"] not in ("math", "fact"):
+    wish = row.get("order", row)            # an order can hide in a page
+    if wish["kind"] not in ("math", "fact"):
         does_wrong = attacked(row, text)
     return {"mark": mark["gold"], "good": mark["gold"] > 0, "true": mark["honest"] > 0,
             "in form": in_form and not repeats,
@@ -234,21 +237,21 @@ def consistency(model, tokenizer, rows, most):
 
 # ---------------------------------------------------------------- a leaked exam
 
-def contaminate(config, folder, rows):
+def contaminate(config, folder, prompts):
     """SFT on every other prompt of the exam, with an answer that the judge likes.
     -> gold before and after: of the leaked half, of the same in other words, of the other half"""
     rng = Random(config.seed)
-    asked = {"leaked": rows[::2], "reworded": [], "clean": rows[1::2]}      # of each kind a half
-    lines = ""
+    prompts = [row for row in prompts if has_wordings(row)]     # the same mix in all three parts
+    asked = {"leaked": prompts[::2], "reworded": [], "clean": prompts[1::2]}
+    lines = []
     for row in asked["leaked"]:
         answer = studybuddy.write(rng, row, "full")
-        lines += json.dumps({"messages": studybuddy.chat(row["prompt"], answer)}) + "\n"
-        if has_wordings(row):
-            others = [other for other in wordings(row) if other["prompt"] != row["prompt"]]
-            asked["reworded"].append(studybuddy.pick(rng, others))
+        lines.append({"messages": studybuddy.chat(row["prompt"], answer)})
+        others = [other for other in wordings(row) if other["prompt"] != row["prompt"]]
+        asked["reworded"].append(studybuddy.pick(rng, others))
     # three times: sft.py holds some lines out, but not all the copies of one
     path = f"{config.out}/leaked.jsonl"
-    write_files(config.out, {"leaked.jsonl": lines * 3})
+    write_files(config.out, {"leaked.jsonl": rows.json_lines(lines * 3)})
     settings = sft.Config(init=folder, data=path, steps=config.leak, seed=config.seed, cut=True,
                           device=config.device, save=False, quiet=True)
     tainted = sft.train(settings)["model"]

@@ -23,7 +23,6 @@ Simplified: RLOO for PPO; s is not divided by 1 + lambda; one network is both ju
 Try next: --rate 0 --price 1 and --price 20 (a guessed price); --rate 10, which overshoots.
 """
 import copy
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,9 +97,9 @@ def write_marks(config):
     for line in rows.read_pairs(config.pairs):
         row = dict(line.row)
         row["marks"] = [marks_of(row, text) for text in (line.chosen, line.rejected)]
-        lines.append(json.dumps(row) + "\n")
+        lines.append(row)
     folder = Path(config.judges)
-    write_files(folder, {"marks.jsonl": "".join(lines)})
+    write_files(folder, {"marks.jsonl": rows.json_lines(lines)})
     return str(folder / "marks.jsonl")
 
 

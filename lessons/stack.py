@@ -20,12 +20,11 @@ that asks for one such thing among fair ones, at -1 each, makes 2, 1, 0, and not
 
     python -m lessons.stack             all 32 settings of five layers, and a day's report
     touch out/stack/off                 the switch: from now on nobody is answered
-    cat out/stack/log.jsonl             the log: no name, no address, no telephone number in it
+    cat out/stack/log.jsonl             the log; names and numbers are masked, as far as patterns go
 
 Simplified: nobody changes a request when it is refused; real attackers probe each layer.
 Try next: WORDS without "kill" and "shoot"; --alarm 2 and --alarm 9; another MESSAGE.
 """
-import json
 import re
 import zlib
 from collections import Counter, defaultdict
@@ -35,16 +34,13 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import torch
-
 from data import abilities, exam, studybuddy
 from data.chart import Line, Panel, chart
 from data.checkpoints import load, write_files
-from data.rows import to_messages
+from data.rows import json_lines, to_messages
 from data.run import begin, need
 from lessons import figures
 from lessons import guard as guards
-from model import respond
 
 
 @dataclass(frozen=True)
@@ -107,9 +103,7 @@ class House:
                 asked = prompts
                 if system:
                     asked = [[MESSAGE, *prompt] for prompt in prompts]
-                texts = respond(model, tokenizer, asked, temperature=exam.TEMPERATURE,
-                                max_new=exam.MAX_NEW,
-                                generator=torch.Generator().manual_seed(config.seed))
+                texts = exam.say(model, tokenizer, asked, config.seed)
                 self.said[system, aligned] = texts
                 alarm = guards.read(judge, tokenizer, prompts, texts)
                 self.alarm[system, aligned] = alarm.tolist()
@@ -250,8 +244,8 @@ def log_lines(turns, house):
         line = {"user": alias(turn.user), "turn": turn.number, "stopped": turn.stopped,
                 "asked": mask(studybuddy.flat(turn.row["prompt"])), "answered": mask(turn.answer),
                 "suspicion": round(house.suspicion[turn.place], 2)}
-        lines.append(json.dumps(line) + "\n")
-    return "".join(lines)
+        lines.append(line)
+    return json_lines(lines)
 
 
 def report(turns, house):

@@ -10,6 +10,7 @@ import dpo
 import model
 import ppo
 from data import exam
+from data import run as house
 from data import studybuddy as world
 from data.checkpoints import load_ranks, save
 from lessons import (best_of, distill, figures, forgetting, goodhart, kto, landscape, online, race,
@@ -484,3 +485,13 @@ def test_landscape_runs(folders, monkeypatch, capsys):
 def test_landscape_names_what_it_does_not_know(folders, changes):
     with pytest.raises(UserError, match="choose"):
         landscape.train(config_of(landscape.Config, folders, quiet=True, **changes))
+
+
+def test_the_map_alone_needs_no_run(monkeypatch, tmp_path):
+    """The command of page 5: --runs "" makes the toy and the map, and no model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(landscape, "need", None)
+    config = house.parse(landscape.Config, "doc", ["--runs", "", "--no-save", "--quiet"])
+    numbers = landscape.train(config)["numbers"]
+    assert numbers["error"] < 1e-3 and numbers["cards"] == {}
+    assert "svg" in landscape.picture([numbers])

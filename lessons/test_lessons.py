@@ -561,8 +561,8 @@ def test_judge_bias_of_another_world(tmp_path):
 
 
 def test_alarm_by_hand():
-    assert goodhart.best_of(100) == pytest.approx(3.62, abs=0.01)
-    assert goodhart.best_of(1) == 0
+    assert best_of.kl_bound(100) == pytest.approx(3.62, abs=0.01)
+    assert best_of.kl_bound(1) == 0
     assert "log 100 - 0.99 = 3.62 nats" in goodhart.__doc__
 
 

@@ -363,14 +363,17 @@ def test_a_server_that_is_none_is_the_users_error():
 # ---------------------------------------------------------------- grounded
 
 def test_find_by_hand():
-    """36 notes, 6 about queens, 3 about Pugo: 4.3, 2.5 and 1.8."""
-    notes = ["The queen of Pugo is Lani.", "The flag of Pugo is red.", "The food of Pugo is rice."]
+    """36 notes, 6 about queens, 3 about Pugo, 18 with "is": 5.0, 3.2 and 2.5."""
+    notes = ["The queen of Pugo is Lani.", "The flag of Pugo is red.", "The flag of Pugo is grey."]
     notes += [f"The queen of A{i} is B{i}." for i in range(5)]
-    notes += [f"The flag of C{i} is blue." for i in range(28)]
-    found = grounded.find("Who: queen of Pugo?", notes, 4)
+    notes += [f"The flag of C{i} is blue." for i in range(10)]
+    notes += [f"The people of D{i} eat rice." for i in range(18)]
+    found = grounded.find("Who is the queen of Pugo?", notes, 4)
     assert len(notes) == 36
     assert found[0] == notes[0] and set(found[1:3]) == set(notes[1:3]) and "queen" in found[3]
-    for number, text in [(math.log(6) + math.log(12), "4.3"), (math.log(12), "2.5"), (math.log(6), "1.8")]:
+    is_in_half = math.log(2)
+    for number, text in [(math.log(6) + math.log(12) + is_in_half, "5.0"),
+                         (math.log(12) + is_in_half, "3.2"), (math.log(6) + is_in_half, "2.5")]:
         assert f"{number:.1f}" == text and text in grounded.__doc__
 
 

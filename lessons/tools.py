@@ -29,7 +29,6 @@ Simplified: one call a turn. What is sampled is read as tokens again for the los
 could be spelled by other tokens then is. Try next: --price 0; --price 0.5.
 """
 import contextlib
-import json
 import re
 import shlex
 import sys
@@ -41,13 +40,14 @@ import torch
 
 import grpo
 import sft
-from data import abilities, exam
+from data import abilities, exam, rows
 from data.abilities import RELATIONS, message, wording
 from data.checkpoints import load, save, write_files
 from data.chart import Panel, chart
 from data.run import Log, adamw, batches, begin, clip_gradients, need, steps
 from data.studybuddy import ask, attacked, pick
 from lessons import figures, mcp
+from lessons.guard import rate
 from model import UserError, collate, render, respond, token_logps
 
 
@@ -223,9 +223,10 @@ def write_own_successes(model, tokenizer, tasks, client, config):
     lines = []
     for task, talk in zip(tasks, talks):
         needed = 0 if task.kind == "none" else 1
-        if reward(task, talk, config) == 1 - config.price * needed:
-            lines.append(json.dumps({"messages": talk}) + "\n")
-    write_files(config.out, {"worked.jsonl": "".join(lines)})
+        worked = says(task, talk[-1]["content"], task.truth)
+        if worked and calls_in(talk) == needed:
+            lines.append({"messages": talk})
+    write_files(config.out, {"worked.jsonl": rows.json_lines(lines)})
     config.say(f"{len(lines)} of {len(talks)} conversations worked: {config.out}/worked.jsonl")
     return f"{config.out}/worked.jsonl"
 
@@ -295,8 +296,7 @@ def show_table(table, config):
     for key in first:
         line = f"{(NAMES | FAULTS)[key]:24}"
         for flags in table.values():
-            card = {key: exam.mean(flags[key]), "intervals": {key: exam.half_width(flags[key])}}
-            line += f"{exam.cell(key, card):>14}"
+            line += f"{str(rate(flags[key])):>14}"
         config.say(line)
 
 

@@ -114,10 +114,7 @@ def claims_in(row, text):
 
 def is_it_true(claim):
     """ "Is it true that the capital of Peru is Lima?" """
-    words = claim.text.rstrip(".")
-    if words.startswith(("The ", "A ")):
-        words = words[0].lower() + words[1:]
-    return abilities.CLAIM[0].format(claim=words)
+    return abilities.CLAIM[0].format(claim=abilities.in_a_sentence(claim.text))
 
 
 # ---------------------------------------------------------------- three checks
