@@ -258,8 +258,10 @@ def draw(files, count, seed):
 def draw_of_line(changes, lots):
     """Takes one out of the list; None where none can be read."""
     while changes:
-        rule = lots.choice(sorted({change.rule for change in changes}))
-        change = lots.choice([change for change in changes if change.rule == rule])
+        rules = sorted({change.rule for change in changes})
+        rule = lots.choice(rules)
+        of_rule = [change for change in changes if change.rule == rule]
+        change = lots.choice(of_rule)
         changes.remove(change)
         if mutated(change) is not None:
             return change
