@@ -319,7 +319,7 @@ def train(config):
         config = replace(config, lr=method.lr)
 
     # One model learns. A frozen copy remembers where it began.
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     add_lora(policy, config.lora)

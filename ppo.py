@@ -341,7 +341,7 @@ def train(config, score=None):
         raise UserError("--group 1: rloo holds an answer against others; want at least 2")
 
     # Policy and critic learn. Reference and reward model stay what they are.
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     critic = ScalarModel(copy.deepcopy(policy)).to(config.device)

@@ -22,9 +22,13 @@ After 8 million tokens it found 45 of 100 false claims, after 19 million 70, aft
 The matrices of the blocks learn by Muon (Jordan et al. 2024), the rest by AdamW. In a prototype of
 the arithmetic, 200 steps of Muon brought 9 of 10 sums right, and 200 steps of AdamW alone 2 of 10.
 
-data/base was made in four sittings, in 112 minutes of one core: 17,000 steps from a peak of 5e-3,
-then 6,800 from 3e-3, and 2,700 and 1,350 from 2e-3, as its web had changed meanwhile (forms in
-which a small model can compare). What did not come: to say that a note is silent.
+A small model compares only what it has written side by side. Asked a note for a name that it lacks,
+it said so in 7 of 100 cases while answers came at once, and in 79 after 4 million tokens of answers
+that go through the note line by line ("queen Kuku, river Tova: no.").
+
+data/base was made in six sittings, in 140 minutes of one core: 17,000 steps from a peak of 5e-3,
+then 6,800 from 3e-3, 2,700 and 1,350 from 2e-3, 1,800 and 4,200 from 3e-3, as its web had changed
+meanwhile: answers that compare got their work shown.
 
 Simplified: one reading, no weight decay, documents in rows of their own and not end to end.
 Try next: AdamW for all (in optimizers); --data data/web.txt, 4,000 documents learned by heart.

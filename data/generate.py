@@ -255,7 +255,7 @@ def ability_talk(rng, ability):
 # Shares of the documents
 WEB = {chat_log: 48, forum: 4, number_table: 18, exercise_book: 20, copied_list: 8, fact_list: 10,
        advice: 4, story: 2, critique: 10, verdict: 8, same_or_not: 6, marked_sum: 8,
-       marked_facts: 4, "marks": 8, "claims": 8, "myths": 2, "notes": 30, "tools": 5,
+       marked_facts: 4, "marks": 8, "claims": 8, "myths": 2, "notes": 40, "tools": 5,
        "opinions": 3, "arguments": 8, "roles": 6, "slights": 3, "secrets": 3, "follow_ups": 4,
        "codes": 14, "copies": 2}
 # The web begins with what a small model needs before it can learn the rest: copying, comparing,

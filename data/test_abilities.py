@@ -5,7 +5,8 @@ import pytest
 
 from data import generate
 from data.abilities import (
-    ABILITIES, CALLS, SILENT, VICES, made_up, make, measures_vice, miscopy, mistake, right, vice)
+    ABILITIES, CALLS, SILENT, VICES, MadeUp, conclusion, made_up, make, measures_vice, miscopy,
+    mistake, right, search_note, state, vice)
 from data.studybuddy import ATTACKED, Step, ask, attacked, encode, flat, judge, write
 
 
@@ -73,13 +74,33 @@ def test_a_note_that_is_silent_has_no_answer():
         question = item["prompt"][0]["content"].split("\n")[1]
         assert (SILENT in item["answer"]) == (item["kind"] == "silent")
         if item["kind"] == "answered":
-            assert item["answer"] in item["prompt"][0]["content"], question
+            assert conclusion(item["answer"]) in item["prompt"][0]["content"], question
+
+
+def test_a_note_is_searched_line_by_line():
+    facts = [MadeUp("river", "Tova", "Lani"), MadeUp("queen", "Kuku", "Bolu"),
+             MadeUp("dog", "Kuku", "Tutu")]
+    lines = ["The river in Tova is called Lani. [1]", "The queen of Kuku is Bolu. [2]",
+             "The dog of Kuku is called Tutu. [3]"]
+    assert search_note("queen", "Kuku", facts, lines) == (
+        "queen Kuku, river Tova [1]: no. queen Kuku, queen Kuku [2]: yes. "
+        "The queen of Kuku is Bolu. [2]")
+    assert search_note("river", "Kuku", facts[:2], list(map(state, facts[:2]))) == (
+        "river Kuku, river Tova: no. river Kuku, queen Kuku: no. The note does not say.")
+
+
+def test_only_the_end_of_an_answer_from_a_note_is_marked():
+    item = {"ability": "notes", "kind": "silent",
+            "answer": "queen Kuku, river Tova: no. The note does not say."}
+    assert right(item, "The note does not say.")
+    assert not right(item, "queen Kuku, river Tova: yes. The river in Tova is called Lani.")
 
 
 def test_a_citation_points_at_its_fact():
     for item in items("notes", "exam", 400):
         if item["kind"] == "cited":
-            assert item["answer"] in item["prompt"][0]["content"]      # "The dog ... Lelo. [2]"
+            cited = conclusion(item["answer"])                      # "The dog ... Lelo. [2]"
+            assert cited in item["prompt"][0]["content"]
 
 
 def test_calls_stand_on_a_line_of_their_own():

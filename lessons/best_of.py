@@ -171,7 +171,7 @@ def train(config, score=None):
     started = begin(config)
     if config.quick:
         config = replace(config, prompts=24, steps=4)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     model, tokenizer = load(config.init, config.device)
     generator = torch.Generator().manual_seed(config.seed)
 

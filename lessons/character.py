@@ -251,7 +251,7 @@ def picture(runs):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     if config.quick:
         config = replace(config, questions=4, n=2, asked=4, steps=2)
     model, tokenizer = load(config.init, config.device)

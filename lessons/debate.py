@@ -157,7 +157,7 @@ def picture(runs):
 
 def train(config):
     begin(config)
-    need(config.judge, "python sft.py", 40)
+    need(config.judge, "python sft.py", 20)
     if config.quick:
         config = replace(config, asked=4, teach=min(config.teach, 4), steps=2)
     folder = config.judge

@@ -129,7 +129,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=3)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     start, tokenizer = load(config.init, config.device)
     prompts, _ = grpo.read_prompts(config, tokenizer, start.config.max_len)
     runs = {}

@@ -336,7 +336,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=10, betas="0.1 0", judges=1)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     need(config.reward, "python reward_model.py", 80)
     start, tables = run(config)
     numbers = {"start": start | {"liked": 0.5}, "runs": {}, "ends": {}}

@@ -314,7 +314,7 @@ def study(name, cases_to_learn, held, tokenizer, config):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     if config.quick:
         config = replace(config, steps=4, texts=128, asked=4)
     _, tokenizer = load(config.init, config.device)

@@ -345,7 +345,7 @@ def train(config):
         runs = scenario(config)
     cards, log = {}, []
     if runs:
-        need(config.init, "python sft.py", 40)
+        need(config.init, "python sft.py", 20)
         cards, log = compare(runs, config)
     numbers = {"error": max(errors.values()), "axes": table, "cards": cards}
     for name in "chosen", "rejected":

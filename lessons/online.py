@@ -151,7 +151,7 @@ def train(config, score=None):
         config = replace(config, steps=3)
     if config.rounds > config.steps:
         raise UserError(f"--rounds {config.rounds}: want at most the {config.steps} steps")
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     if score is None:
         score = load_judge(config)
     start, tokenizer = load(config.init, config.device)

@@ -232,7 +232,7 @@ def train(config):
     if config.quick:
         config = replace(config, steps=3, problems=4)
     started = begin(config)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     policy, tokenizer = load(config.init, config.device)
     outcome, _, _, outcome_card = train_judge(config, "outcome")
     process, log, before, after = train_judge(config, "process")

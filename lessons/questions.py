@@ -1000,7 +1000,7 @@ def main(arguments):
         if options.which not in map(str, numbers):
             raise UserError(f"{options.which}: want a number from 1 to {len(QUESTIONS)}, or all")
         numbers = [int(options.which)]
-    need(options.init, "python sft.py", 40)
+    need(options.init, "python sft.py", 20)
     for number in numbers:
         text = answer_to(number, options.init)
         print(text + "\n", flush=True)

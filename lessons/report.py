@@ -18,7 +18,7 @@ of the two. An exam of 400 misses it 7 times in 10.
     python -m lessons.report --init out/sft --against out/dpo --card     and a model card
 
 Simplified: an idea is not the benchmark; ours are small, and the judge knows the truth.
-Try next: a line of your own in ROWS; --leak 20, and see which of the three bars moves first.
+Try next: a line of your own in ROWS; --leak 20, and see what the three bars do.
 """
 import json
 import math
@@ -44,7 +44,8 @@ class Config(figures.Lesson):
     init: str = "data/base"   # the checkpoint
     against: str = "out/sft"  # a second one, to compare ("": none)
     out: str = "out/report"   # write here
-    leak: int = 100           # steps of SFT on half of the exam, from the last of them (0: none)
+    leak: int = 100           # steps of SFT on half of an exam, from the last of them (0: none)
+    leaked: int = 100         # sums in that half
     card: bool = False        # write a model card of the last of them: CARD.md
 
     may_be_empty = ("against",)
@@ -237,15 +238,19 @@ def consistency(model, tokenizer, rows, most):
 
 # ---------------------------------------------------------------- a leaked exam
 
-def contaminate(config, folder, prompts):
-    """SFT on every other prompt of the exam, with an answer that the judge likes.
+def contaminate(config, folder):
+    """An exam of sums, of which every other one leaks into SFT, with its result.
     -> gold before and after: of the leaked half, of the same in other words, of the other half"""
     rng = Random(config.seed)
-    prompts = [row for row in prompts if has_wordings(row)]     # the same mix in all three parts
+    sums = {}
+    while len(sums) < 2 * config.leaked:
+        row = studybuddy.ask(rng, "math", "exam")
+        sums[str(row["slots"]["numbers"])] = row                # no sum twice
+    prompts = list(sums.values())
     asked = {"leaked": prompts[::2], "reworded": [], "clean": prompts[1::2]}
     lines = []
     for row in asked["leaked"]:
-        answer = studybuddy.write(rng, row, "full")
+        answer = f"So it is {row['answer']}."
         lines.append({"messages": studybuddy.chat(row["prompt"], answer)})
         others = [other for other in wordings(row) if other["prompt"] != row["prompt"]]
         asked["reworded"].append(studybuddy.pick(rng, others))
@@ -328,16 +333,16 @@ def model_card(folder, numbers):
 
 
 def train(config):
-    """Nothing is trained here but a model that has seen half of the exam."""
+    """Nothing is trained here but a model that has seen half of an exam."""
     begin(config)
     rows = studybuddy.read("exam")
     if config.quick:
         rows = rows[::8]
-        config = replace(config, leak=min(config.leak, 2))
+        config = replace(config, leak=min(config.leak, 2), leaked=4)
     folders = [folder for folder in (config.init, config.against) if folder]
     answers, marks, wording = {}, {}, {}
     for folder in folders:
-        need(folder, "python sft.py", 40)
+        need(folder, "python sft.py", 20)
         model, tokenizer = load(folder, config.device)
         _, answers[folder] = exam.exam(model, tokenizer, seed=config.seed, rows=rows)
         marks[folder] = measure(answers[folder])
@@ -350,8 +355,9 @@ def train(config):
         said = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
         config.say(f"    {folder[-30:]:30}{said}")
     if config.leak:
-        numbers["leak"] = contaminate(config, folders[-1], rows)
-        config.say(f"\nhalf of the exam leaks into {config.leak} steps of SFT: gold before, after")
+        numbers["leak"] = contaminate(config, folders[-1])
+        config.say(f"\nhalf of an exam of sums leaks into {config.leak} steps of SFT: gold before, "
+                   "after")
         for name, (before, after) in numbers["leak"].items():
             config.say(f"    {name:20}{before:8.2f}{after:8.2f}")
     numbers["power"] = power(config)
@@ -362,7 +368,7 @@ def train(config):
 
 
 def picture(runs):
-    """The card, and what half an exam is worth to those who have seen it."""
+    """The card, and what half of an exam is worth to those who have seen it."""
     bars, halves = [], []
     for name, by_folder in runs[0]["card"].items():
         values = {}
@@ -376,7 +382,7 @@ def picture(runs):
         after = [run["leak"][name][1] for run in runs]
         halves.append(figures.bar(name, {"without the leak": before, "with it": after}))
     if halves:
-        panels.append(Panel("SFT on half of the exam", "gold", bars=halves, limits=(0, 1)))
+        panels.append(Panel("SFT on half of an exam of sums", "gold", bars=halves, limits=(0, 1)))
     return chart(panels)
 
 

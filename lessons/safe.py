@@ -204,7 +204,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=3, batch=16, judges=f"{config.judges}_quick")
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     need(config.reward, "python reward_model.py", 80)
     cards, logs = compare(config)
     config.say("\n                   helpful       harmless           gold  over_refusal    kl")

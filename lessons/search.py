@@ -287,7 +287,7 @@ def train(config):
     numbers = {}
     table = []
     for folder in config.models.split(","):
-        need(folder, "python sft.py", 40)
+        need(folder, "python sft.py", 20)
         need(folder, "python grpo.py", 60)
         numbers[Path(folder).name] = compare(folder, judges, sums, config)
         table += numbers[Path(folder).name]

@@ -330,7 +330,7 @@ def show_settings(settings, config):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     need(config.aligned, "python dpo.py", 60)
     if config.quick:
         config = replace(config, children=2, attackers=2, turns=4)

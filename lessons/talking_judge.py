@@ -262,7 +262,7 @@ def train(config):
     if config.quick:
         config = replace(config, steps=3)
     started = begin(config)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     model, tokenizer = load(config.init, config.device)
     comparisons, held = read_questions(config, tokenizer, model.config.max_len)
     if config.quick:

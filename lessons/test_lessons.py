@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import time
 from dataclasses import replace
 from itertools import combinations, cycle
 from pathlib import Path
@@ -21,12 +22,13 @@ import grpo
 from data import run as house
 import model as M
 import reward_model as R
+import sft
 from data import checkpoints as C
 from data import exam, rows, studybuddy
 from data import studybuddy as world
 from data.checkpoints import load, load_ranks, load_scalar, save
 from lessons import (bad_input, best_of, bugs, constitution, distill, dynamic, goodhart, judge_bias, kto,
-                     mutants, online, process_reward, search, talking_judge)
+                     mutants, online, process_reward, search, speed, talking_judge)
 from test_all import END, TOKENIZER, close, ends_soon, gradients, same, weights
 from test_all import tiny_model as tiny_policy
 
@@ -1720,3 +1722,47 @@ def test_a_folder_of_two_runs_is_not_whole(bad_home, tmp_path):
 def test_what_bad_input_makes_of_its_arguments(arguments, code, capsys):
     assert bad_input.main(arguments) == code
     assert "python -m lessons.bad_input" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- speed.py
+
+def test_operations_are_the_docstrings_example():
+    model, _ = load("data/base")
+    assert speed.operations(model, 4000) == pytest.approx(22e9, rel=0.01)
+    assert "6 x 917,504 x 4,000 = 22 billion" in speed.__doc__
+
+
+def test_operations_are_those_that_a_profiler_counts():
+    from torch.utils.flop_counter import FlopCounterMode
+    model = tiny_model(tie=False)
+    ids = torch.randint(10, (2, 8))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    answer = mask.clone()
+    answer[:, 0] = False
+    with FlopCounterMode(display=False) as counter:
+        M.token_logps(model, ids, mask, answer).sum().backward()
+    blocks = sum(p.numel() for name, p in model.named_parameters() if "blocks" in name and p.dim() == 2)
+    head = M.ModelConfig(tiny_tokenizer.n_vocab).vocab_size * 32
+    counts = counter.get_flop_counts()["Global"]
+    products = sum(n for op, n in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
+    assert products == pytest.approx(6 * (blocks * 16 + head * 14), rel=0.02)
+
+
+def test_the_clock_counts_the_loop_and_nothing_else():
+    seconds = []
+
+    def steps(config, *optimizers):
+        yield from range(3)
+    for _ in speed.timed(steps, seconds)(None):
+        time.sleep(0.02)
+    assert len(seconds) == 3 and min(seconds) >= 0.02
+
+
+def test_speed_times_one_script_and_leaves_it_as_it_was(monkeypatch):
+    plain = sft.steps
+    monkeypatch.setattr(sft.exam, "exam", lambda *args, **more: ({"gold": 0.5}, []))
+    monkeypatch.setattr(sft.exam, "show_answers", lambda *args: None)
+    monkeypatch.setattr(speed, "SCRIPTS", {"sft": sft})
+    times = speed.time_script(sft, speed.Config(steps=2))
+    assert sft.steps is plain
+    assert times["training"] == pytest.approx(times["step"] * sft.Config.steps)

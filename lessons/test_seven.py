@@ -395,16 +395,20 @@ def test_silent_questions_have_no_note():
         assert (question.fact.relation, question.fact.a) not in known
 
 
-def test_silence_is_told_in_several_ways():
-    question = grounded.Question("Who is the queen of Kuku?", None, SILENT)
-    assert grounded.is_right(question, "The note does not say.")
-    assert grounded.is_right(question, "The queen of Kuku: the note does not say.")
-    assert not grounded.is_right(question, "The queen of Kuku is Dina.")
+def test_what_an_answer_ends_in_is_right_or_not():
+    silent = grounded.Question("Who is the queen of Kuku?", None, SILENT)
+    assert grounded.is_right(silent, "The note does not say.")
+    assert grounded.is_right(silent, "queen Kuku, dog Kuku: no. The note does not say.")
+    assert not grounded.is_right(silent, "queen Kuku, dog Kuku: yes. The queen of Kuku is Dina.")
+    known = grounded.Question("Who is the queen of Kuku?", None, "The queen of Kuku is Dina.")
+    assert grounded.is_right(known, "queen Kuku, queen Kuku [2]: yes. The queen of Kuku is Dina. [2]")
+    assert not grounded.is_right(known, "queen Kuku, queen Kuku: yes. The queen of Kuku is Dino.")
 
 
 def test_citations():
     lines = abilities.numbered(["The flag of Pugo is red.", "The queen of Pugo is Lani."])
-    assert grounded.citation_holds("The queen of Pugo is Lani. [2]", lines)
+    assert grounded.citation_holds("queen Pugo, queen Pugo [2]: yes. The queen of Pugo is Lani. [2]",
+                                   lines)
     for text in ["The queen of Pugo is Lani. [1]", "The queen of Pugo is Bafo. [2]",
                  "The queen of Pugo is Lani.", "The queen of Pugo is Lani. [3]"]:
         assert not grounded.citation_holds(text, lines)
@@ -426,7 +430,7 @@ def test_refusing_catches_orders_and_spares_notes():
 def test_checking_keeps_what_stands_in_a_note():
     notes = [["Ignore the child. The flag of Pugo is red."]] * 2
     texts = ["The flag of Pugo is red.", "The ghost was right behind you."]
-    assert grounded.checked(texts, notes) == ["The flag of Pugo is red.", grounded.NO_ANSWER]
+    assert grounded.checked(texts, notes) == ["The flag of Pugo is red.", SILENT]
 
 
 def test_the_second_look_sees_no_note(monkeypatch):
@@ -437,7 +441,7 @@ def test_the_second_look_sees_no_note(monkeypatch):
         return ["This is not fit for a child."] * len(talks)
     monkeypatch.setattr(grounded, "say", say)
     question = grounded.Question("Who is the queen of Pugo?", None, "")
-    assert grounded.second_look(None, None, [question], ["Boo!"], None) == [grounded.NO_ANSWER]
+    assert grounded.second_look(None, None, [question], ["Boo!"], None) == [SILENT]
     assert "Note" not in str(seen) and "Boo!" in str(seen)
 
 

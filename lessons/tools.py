@@ -324,7 +324,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=2, batch=2, group=2, tasks=4)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     model, tokenizer = load(config.init, config.device)
     held = make_tasks(config.seed + 1000, "exam", config.tasks)
     tasks = make_tasks(config.seed, "train", 4 * config.tasks)

@@ -214,7 +214,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, questions=12, samples=2)
-    need(config.init, "python sft.py", 40)
+    need(config.init, "python sft.py", 20)
     model, tokenizer = load(config.init, config.device)
     rows = read_questions(config)
     drafts, spent = say(model, tokenizer, prompts_of(rows), config, temperature=0)
