@@ -49,7 +49,7 @@ from data.run import begin, need
 from data.studybuddy import (ATTACKED, CRITIQUE, CRITIQUES, PRINCIPLES, ask, attacked, chat, pick)
 from lessons import figures
 from lessons.guard import rate
-from model import respond
+from model import render_prompt, respond, sample
 
 
 @dataclass(frozen=True)
@@ -168,12 +168,29 @@ def ask_numbered(model, tokenizer, questions, notes, config):
     return say(model, tokenizer, list(map(in_words, questions, shown)), config), shown
 
 
+def begun(question):
+    """ "The queen of Pugo is" """
+    statement = RELATIONS[question.fact.relation].statement
+    return statement.split(" {b}")[0].format(a=question.fact.a)
+
+
+def say_at_once(model, tokenizer, questions, notes, config):
+    """The answer is begun for the model, so it can't go through the note line by line."""
+    prompts = []
+    for question, found in zip(questions, found_for(questions, notes, config)):
+        prompt = render_prompt(tokenizer, in_words(question, found))
+        prompts.append(prompt + tokenizer.encode_ordinary(begun(question)))
+    texts = sample(model, tokenizer, prompts, max_new=config.max_new, temperature=0).texts
+    return [f"{begun(question)} {text}" for question, text in zip(questions, texts)]
+
+
 def reading(model, tokenizer, rng, facts, config):
     """What are notes good for? -> {what: flags}"""
     notes = list(map(state, facts))
     asked = make_questions(rng, "exam", facts, config.questions)
     silent = make_questions(rng, "exam", facts, config.questions, silent=True)
     alone = say(model, tokenizer, list(map(bare, asked)), config)
+    at_once = say_at_once(model, tokenizer, asked, notes, config)
     told, shown = ask_numbered(model, tokenizer, asked, notes, config)
     silences, _ = ask_numbered(model, tokenizer, silent, notes, config)
     for question, text in [*zip(asked[:2], told), *zip(silent[:2], silences)]:
@@ -181,6 +198,7 @@ def reading(model, tokenizer, rng, facts, config):
     found = found_for(asked, notes, config)
     return {"alone": list(map(is_right, asked, alone)),
             "found": [question.truth in lines for question, lines in zip(asked, found)],
+            "at_once": list(map(is_right, asked, at_once)),
             "told": list(map(is_right, asked, told)),
             "cited": list(map(citation_holds, told, shown)),
             "silent": list(map(is_right, silent, silences))}
@@ -305,7 +323,8 @@ def defending(models, tokenizer, rng, facts, config):
 # ---------------------------------------------------------------- the numbers
 
 NAMES = {"alone": "right, without notes", "found": "its note is found",
-         "told": "right, with notes", "cited": "citation holds", "silent": "admits that none does"}
+         "at_once": "right, answered at once", "told": "right, line by line",
+         "cited": "citation holds", "silent": "admits that none does"}
 
 
 def cell(flags):

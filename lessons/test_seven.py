@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -412,6 +413,26 @@ def test_citations():
     for text in ["The queen of Pugo is Lani. [1]", "The queen of Pugo is Bafo. [2]",
                  "The queen of Pugo is Lani.", "The queen of Pugo is Lani. [3]"]:
         assert not grounded.citation_holds(text, lines)
+
+
+def test_an_answer_is_begun_by_what_is_asked():
+    fact = abilities.MadeUp("tower", "Pugo", "31")
+    question = grounded.Question("How many steps has the tower of Pugo?", fact, "")
+    assert grounded.begun(question) == "The tower of Pugo has"
+
+
+def test_an_answer_at_once_goes_on_from_its_beginning(monkeypatch):
+    fact = abilities.MadeUp("queen", "Pugo", "Lani")
+    question = grounded.Question("Who is the queen of Pugo?", fact, grounded.state(fact))
+    seen = []
+
+    def sample(model, tokenizer, prompts, **settings):
+        seen.extend(tokenizer.decode(prompt) for prompt in prompts)
+        return SimpleNamespace(texts=["Lani."])
+    monkeypatch.setattr(grounded, "sample", sample)
+    texts = grounded.say_at_once(None, load_ranks(), [question], [question.truth], grounded.Config())
+    assert texts == ["The queen of Pugo is Lani."] and grounded.is_right(question, texts[0])
+    assert seen[0].endswith("<|im_start|>assistant\nThe queen of Pugo is")
 
 
 def test_refusing_catches_orders_and_spares_notes():
