@@ -253,7 +253,8 @@ def programs():
     names = []
     for path in sorted(HERE.glob("*.py")):
         text = path.read_text(encoding="utf-8")
-        if path.stem != "figures" and ENDING.search(text):
+        is_program = path.stem != "figures" and not path.stem.startswith("test_")
+        if is_program and ENDING.search(text):
             names.append(path.stem)
     return names
 
