@@ -21,7 +21,7 @@ By hand: r(A) = 1.2, r(B) = 0.8, and B is chosen. sigma(0.8 - 1.2) = 0.401, the 
 A line of mine.jsonl is {"prompt": "...", "chosen": "...", "rejected": "..."}; for --kind ranked
 {"prompt": "...", "responses": ["the best", "...", "the worst"]}, and multi wants "marks" beside.
 
-Of two answers this judge prefers the better one 81 times in 100; who knew just how the annotators
+Of two answers this judge prefers the better one 80 times in 100; who knew just how the annotators
 vote would do so 90 times. A compliment before an answer raises its score by about 0.5, which moves
 a vote from 50 to 62%: it has learned its annotators' weakness.
 

@@ -8,7 +8,7 @@ goes on after a question with an answer, a good one or a bad one, as they come.
     L(theta) = - 1/N sum_it log pi_theta(y_it | y_i,<t)     rows i, positions t, N targets a batch
 
 By hand: a fresh network knows nothing, so each of the 1,408 tokens gets about 1/1408, and the first
-loss is ln 1408 = 7.250. At 0.48 the right token gets exp(-0.48) = 0.62, in the geometric mean.
+loss is ln 1408 = 7.250. At 0.40 the right token gets exp(-0.40) = 0.67, in the geometric mean.
 
     python -m data.base                    -> out/base, in an hour and a half: the time limit
     python -m data.base --minutes 10       the same schedule with fewer steps, and no warm-up
