@@ -22,7 +22,8 @@ never end.)
 
 A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true} where it is an
 attack. What it learned from stands in out/cai/revisions.jsonl and out/cai/verdicts.jsonl: sft.py,
-dpo.py and reward_model.py read them, and with that reward model ppo.py is the paper's own RLAIF.
+dpo.py and reward_model.py read them (without p: they learn who won, not by how much), and with
+that reward model ppo.py is the paper's own RLAIF.
 
 Simplified from Bai et al. 2022 (2212.08073): the SFT model stands for a helpful-only RLHF model,
 there are no human labels of helpfulness, no chain of thought, and DPO takes the place of PPO.
@@ -190,7 +191,7 @@ def judge(model, tokenizer, prompts, firsts, seconds, principles):
     p = []
     for part in parts(questions, math.ceil(len(questions) / 128)):  # about 128 at a time
         ids = pad(part, special(tokenizer, PAD)).to(device)     # (B, T), padded behind
-        hidden = model.hidden(ids)                              # (B, T, C)
+        hidden = model.hidden(ids)      # (B, T, C), without a mask: no token sees what is behind it
         last = [len(question) - 1 for question in part]
         hidden = hidden[range(len(part)), last]                 # (B, C)
         logits = model.head(hidden)                             # (B, V)
@@ -223,9 +224,9 @@ def longest(verdict):
 
 def read_prompts(config, tokenizer, context, principles):
     """-> red-team prompts, those with "attack" in their line, and all others"""
-    longest = max(len(tokenizer.encode_ordinary(principle)) for principle in principles)
-    between = 70                # a critique, and the words of CRITIQUE, REVISE and COMPARE
-    room = context - 2 * config.max_new - longest - between
+    most = max(len(tokenizer.encode_ordinary(principle)) for principle in principles)
+    between = 70                # tokens of a critique, and of CRITIQUE, REVISE and COMPARE
+    room = context - 2 * config.max_new - most - between
     red, plain = [], []
     for prompt in rows.read_prompts(config.data):
         if len(render_prompt(tokenizer, prompt.messages)) > room:
@@ -370,15 +371,16 @@ def train(config):
 
     # ---- SL-CAI: answer attacks, criticise, mend
     drafts = []
-    red_twice = red * config.answers        # one answer a row: an endless one drops itself alone
-    for prompt, texts in own_answers(teacher, tokenizer, red_twice, 1, config, generator):
+    red_again = red * config.answers        # one answer a row: an endless one drops itself alone
+    for prompt, texts in own_answers(teacher, tokenizer, red_again, 1, config, generator):
         drafts.append(Draft(prompt, first=texts[0], text=texts[0]))
     improve(teacher, tokenizer, drafts, principles, config, generator)
     mended = [draft for draft in drafts if draft.flaws]
     for draft in mended[:1]:
         show_draft(draft, config)
 
-    # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful
+    # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful. (Two or
+    # three in our world are as they were: no revision of them came to an end.)
     others = own_answers(teacher, tokenizer, plain[:len(drafts)], 1, config, generator)
     taught = [(draft.prompt, draft.text) for draft in drafts]
     taught += [(prompt, texts[0]) for prompt, texts in others]

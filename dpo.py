@@ -2,16 +2,16 @@
 
 Of two answers to a prompt x, y_w won and y_l lost. RLHF fits a reward model r to such verdicts,
 P(y_w beats y_l) = sigma(r_w - r_l), then maximises r minus beta KL(pi || pi_ref), which keeps the
-policy pi near a frozen reference. The best policy for that has a closed form, and can be solved for
-the reward: r(x, y) = beta log pi(y|x)/pi_ref(y|x) + a term in x alone. In the difference r_w - r_l
-that term cancels. What remains is one loss instead of two stages (Rafailov et al. 2023, 2305.18290,
-equation 7):
+policy pi near a frozen reference. The best policy for that is known: pi_ref(y|x) exp(r(x, y)/beta),
+divided by a number Z(x). So r(x, y) = beta log pi(y|x)/pi_ref(y|x) + beta log Z(x), and in the
+difference r_w - r_l the last term cancels. What remains is one loss instead of two stages (Rafailov
+et al. 2023, 2305.18290, equation 7):
 
     L = - log sigma( beta [ log pi(y_w|x)/pi_ref(y_w|x)  -  log pi(y_l|x)/pi_ref(y_l|x) ] )
 
 By hand: pi gives y_w 0.03 where pi_ref gives 0.02, and y_l 0.15 where pi_ref gives 0.12. The
 log-ratios are log 1.5 = 0.405 and log 1.25 = 0.223; at beta 0.1 the loss is - log sigma(0.0182) =
-0.684. That is a little below ln 2 = 0.693, where DPO starts: there pi is pi_ref, and both are 0.
+0.684. That is a little below ln 2 = 0.693, where DPO starts: pi is pi_ref, and both ratios are 1.
 
     python dpo.py                    out/sft -> out/dpo on data/preferences.jsonl
     python dpo.py --loss ipo         another loss; LOSSES is a map of the family
@@ -19,7 +19,8 @@ log-ratios are log 1.5 = 0.405 and log 1.25 = 0.223; at beta 0.1 the loss is - l
 
 A line of mine.jsonl is {"prompt": "...", "chosen": "...", "rejected": "..."}, and SmolLM2-135M is a
 folder with a model. On our toy data the true quality of an answer is known, `gold`, and an exam of
-held-out prompts measures it before and after. On yours, held-out pairs tell who is ahead how often.
+held-out prompts measures it before and after. On yours, the card says in what share of held-out
+pairs the chosen answer is ahead.
 
 What needs another loop has another file: single judgements (python -m lessons.kto), the model's own
 answers (python -m lessons.online).
@@ -65,7 +66,7 @@ class Config(Settings):
 # L = - log sigma(beta (chosen - rejected))
 # Rafailov et al. 2023 (2305.18290), eq. 7
 def dpo(chosen, rejected, beta):
-    """A small beta takes a large difference to satisfy: the policy moves further."""
+    """With a small beta it takes a large difference to make L small: the policy moves further."""
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
@@ -161,8 +162,8 @@ def kto(ratio, mismatched, good, beta, aversion):
     return torch.where(good, 1 - sigma, aversion * sigma)
 
 
-# To add a loss: a function above and a line here. A new number is a field of Config, too, and
-# `uses`, the field and the function's argument share its name.
+# To add a loss: a function above and a line here. A new number is a field of Config, too; it has
+# the same name there, in `uses` and among the function's arguments.
 
 class Method(NamedTuple):
     function: Callable
@@ -229,8 +230,7 @@ def read_pairs(config, tokenizer, context):
 
 def answer_logps(model, pairs, tokenizer, mean=False):
     """log pi(y|x) of the chosen and of the rejected answers: the sum over the tokens of y, its end
-    token included, or their mean. One pass for both, so that their prompt is computed once.
-    -> two of (B,)"""
+    token included, or their mean. One pass for both. -> two of (B,)"""
     examples = []
     for pair in pairs:
         examples.append(pair.chosen)
@@ -245,10 +245,10 @@ def answer_logps(model, pairs, tokenizer, mean=False):
 
 def log_ratios(policy, reference, pairs, tokenizer):
     """log pi(y|x) / pi_ref(y|x) of the chosen and of the rejected answers. -> two of (B,)"""
-    chosen, rejected = answer_logps(policy, pairs, tokenizer)
+    chosen_logps, rejected_logps = answer_logps(policy, pairs, tokenizer)
     with torch.no_grad():
-        ref_chosen, ref_rejected = answer_logps(reference, pairs, tokenizer)
-    return chosen - ref_chosen, rejected - ref_rejected
+        ref_chosen_logps, ref_rejected_logps = answer_logps(reference, pairs, tokenizer)
+    return chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
 
 
 def score_pairs(policy, reference, pairs, tokenizer, config):
@@ -317,6 +317,8 @@ def train(config):
         config = replace(config, beta=method.beta)
     if config.lr is None:
         config = replace(config, lr=method.lr)
+    if config.beta == 0 and config.loss in ("ipo", "sppo"):
+        raise UserError(f"--beta 0: {config.loss} divides by it")
 
     # One model learns. A frozen copy remembers where it began.
     need(config.init, "python sft.py", 20)
@@ -373,7 +375,7 @@ def train(config):
     if answers and not config.flip and config.data == Config.data:
         target = exam.Target("gold", before["gold"] + 0.12)
     results = exam.finish("dpo", config, started, log, before, after, [target])
-    return results | {"model": policy, "tokenizer": tokenizer, "log": log.rows}
+    return results | {"model": policy, "tokenizer": tokenizer}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Group relative policy optimisation (GRPO): learning to reason from answers that can be checked.
 
-Nobody shows the model how to do a sum. It answers each prompt G times, a verifier checks them, and
-what did better than its group becomes likelier. Answers that show their work are right more often,
-so soon the model shows its work. For a prompt, its answers o_1 .. o_G, their rewards r_1 .. r_G and
+No data here show how a sum is done. The model answers each prompt G times, a verifier checks that,
+and what did better than its group becomes likelier. Answers that show their work, as some texts of
+the web did, are right more often, so soon the model shows its work. For a prompt, its answers o_1 .. o_G, their rewards r_1 .. r_G and
 the policy pi_old that wrote them (Shao et al. 2024, 2402.03300, equation 3):
 
     A_i    = (r_i - mean(r)) / std(r)
@@ -13,20 +13,20 @@ For a batch of P prompts 1/G becomes 1/B, B = P G; with --beta, + beta KL(pi || 
 hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49 (over G, not G - 1), so the advantages
 are +0.82 -1.22 +0.82 -1.22 +0.82. While pi is pi_old, rho is 1 and L = - mean(A) = 0. Its
 gradient is not 0: watch the reward, not the loss. Once a token of the first answer is at rho 1.5,
-it counts for min(1.5 x 0.82, 1.2 x 0.82) = 0.98, a constant: it is not pushed on.
+it counts for min(1.5 x 0.82, 1.2 x 0.82) = 0.98, a constant, whose gradient is 0.
 
     python grpo.py                   out/sft -> out/grpo on sums. The last line:
-                                     PASS math_greedy 0.14 -> 1.00 (target 0.95)
+                                     PASS math_greedy 0.02 -> 0.98 (target 0.95)
     python grpo.py --loss gspo --epochs 2      another method; FAMILY is a map of them. (With one
                                      epoch rho is 1: only std and weights tell them apart.)
     python grpo.py --verifier naive --max-new 16      a verifier with a hole: reward without truth
     python grpo.py --data mine.jsonl --init SmolLM2-135M --lr 1e-6 --max-new 200 --out out/mine
 
-A line of mine.jsonl is {"prompt": "What is 2 + 3?", "answer": 5}. `strict` pays for "The answer
-is 5." in that form alone; for other data give train(config, reward) a function of your own (see
-SEAM).
+A line of mine.jsonl is {"prompt": "What is 2 + 3?", "answer": 5}. `strict` pays for one sentence
+that concludes: "The answer is 5.", "So it is 5." or "That makes 5."; for other data give
+train(config, reward) a function of your own (see SEAM).
 
-Dropped from the papers, and why:
+Not here, and why:
     the critic            the mean of a group does its work, which is GRPO's own idea
     the KL to a reference off unless --beta: it guards a judge that can be fooled; strict cannot
     old answers           one epoch unless --epochs: while pi is pi_old, the clip never acts
@@ -90,7 +90,7 @@ def contrast(rewards):
 
 # L_i = - sum_t w_it [min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i) - beta k3_it]
 # rho = pi / pi_old,   k3 = pi_ref / pi - log(pi_ref / pi) - 1
-# the same, equations 3 and 4
+# Shao et al. 2024, equations 3 and 4
 def grpo_loss(logps, old_logps, advantages, answer, weights, method, ref_logps=None, beta=0.0):
     """log pi and log pi_old (B, T), advantages (B,), weights (B, T) -> (B,), what each answer adds
     to the loss. In plain words, for GRPO itself:
@@ -122,7 +122,8 @@ def token_ratio(log_rho, answer):
 # s_i = [pi(o_i) / pi_old(o_i)]^(1/|o_i|)
 # Zheng et al. 2025 (2507.18071), eq. 7
 def answer_ratio(log_rho, answer):
-    """The reward is for an answer, so the ratio is too: a token's is noise, their mean is not."""
+    """The reward is for an answer, so the ratio is too. One token's is mostly noise, their mean is
+    less so."""
     total = (log_rho * answer).sum(1, keepdim=True)             # (B, 1)
     mean = total / answer.sum(1, keepdim=True)                  # (B, 1)
     return mean.exp().expand_as(log_rho)                        # (B, T)
@@ -132,14 +133,15 @@ def answer_ratio(log_rho, answer):
 # J_it = min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i)
 # PPO: Schulman et al. 2017 (1707.06347), eq. 7
 def clipped(rho, A, logps, low, high):
-    """It is not pushed on. All (B, T)"""
+    """A token that moved far is not pushed on. All (B, T)"""
     return torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
 
 
 # J_it = stop_gradient(clip(rho_it, 1 - low, 1 + high)) A_i log pi(o_it)
 # MiniMax 2025 (2506.13585), eqs. 4 and 5
 def clipped_weight(rho, A, logps, low, high):
-    """It learns on, with a bounded weight: it may be a rare one that matters, like "Wait"."""
+    """A token that moved far learns on, with a bounded weight: it may be a rare one that matters,
+    like "Wait"."""
     return rho.clamp(1 - low, 1 + high).detach() * A * logps
 
 

@@ -375,7 +375,7 @@ def token_logps(model, ids, mask, answer, temperature=1.0):
         logps = F.pad(logps, (1, 0)).masked_fill(~answer, 0)                        (B, T)
 
     The code does the same with less work: only positions that are needed meet the vocabulary, and
-    a prompt that several rows share goes through the network once (states_before). Give it the
+    where rows begin alike, that goes through the network once (states_before). Give it the
     temperature that sampled the answers, or it scores another policy than the one that acted.
     """
     states = states_before(model, ids, mask, answer)            # (N, C), of N answer tokens
@@ -524,6 +524,7 @@ def too_long(model, tokenizer, history):
 
 
 def chat(folders):
+    from data.checkpoints import load             # which imports this file
     models = {folder: load(folder) for folder in folders}
     histories = {folder: [] for folder in folders}
     while text := input("you> "):                 # an empty line ends it
@@ -538,9 +539,9 @@ def chat(folders):
 
 
 if __name__ == "__main__":
-    # what data/ raises is model.UserError; UserError of __main__ would be another class
-    from data.checkpoints import load
+    # this file once more, as data/ imports it: the UserError of __main__ would be another class
     from data.run import exit_codes
+    from model import chat
     with exit_codes():
         if len(sys.argv) == 1 or "--help" in sys.argv:
             print(__doc__)

@@ -31,14 +31,14 @@ A_2 = 0.47.
                                          PASS gold 0.60 -> 0.89 (target 0.72)
     python ppo.py --algorithm rloo       or reinforce: the same loop with less in it, see ALGORITHMS
     python ppo.py --beta 0 --steps 80    no leash: the score rises on and on; gold peaks, then falls
-    python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --out out/mine
+    python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --critic-lr 1e-5
 
 A line of mine.jsonl is {"prompt": "..."}, and JUDGE a folder that reward_model.py wrote. `score` is
 what the reward model says. `gold` is the truth, which our toy world knows: it is watched, and never
 trained on. On your prompts there is the score alone, or a score of your own (see SEAM).
 
-Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): no pretraining loss mixed in, no early
-stop of the epochs, critic and policy of one size. When to stop: python -m lessons.goodhart.
+Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): no pretraining loss mixed in, and a
+critic of the policy's size. When to stop: python -m lessons.goodhart.
 Try next: --lam 1; --epochs 8; --eps 10, which clips nothing; --critic-lr 0; --target-kl 4.
 """
 import copy
@@ -113,7 +113,8 @@ def token_rewards(scores, logps, ref_logps, answer, beta):
 def policy_loss(logps, old_logps, advantages, answer, eps):     # Schulman 2017 (1707.06347), eq. 7
     """(B, T) -> a number. A token with A > 0 that is 1 + eps times as likely as when it was drawn
     has moved far enough: its gradient is 0. So is that of one with A < 0 below 1 - eps. Before the
-    first step rho is 1 everywhere, and the gradient is REINFORCE's, - A grad log pi."""
+    first step rho is 1 everywhere, and the gradient is REINFORCE's, - A grad log pi. Why the min: a
+    bad token that became likelier than 1 + eps must still be pushed back."""
     rho = (logps - old_logps)[answer].exp()                     # (N,), of all N answer tokens
     A = advantages[answer]                                      # (N,)
     clipped = rho.clamp(1 - eps, 1 + eps)
@@ -122,7 +123,8 @@ def policy_loss(logps, old_logps, advantages, answer, eps):     # Schulman 2017 
 
 # L = mean_t 1/2 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)
 def value_loss(values, old_values, returns, answer, eps):
-    """(B, T) -> a number. It is not in the paper but in its code: the critic moves little, too."""
+    """(B, T) -> a number. Not in PPO's paper, but in OpenAI's code: the critic's move is clipped,
+    too. Here eps is in units of reward."""
     V = values[answer]                                          # (N,)
     V_old = old_values[answer]
     R = returns[answer]
@@ -208,7 +210,7 @@ class Algorithm(NamedTuple):
 
 
 # All go through the same clipped loss. With --minibatch 64 a batch is one update, in which rho is
-# 1: then reinforce and rloo are what their papers say, to the letter.
+# 1: then reinforce and rloo are what their papers say, but for the mean over all tokens.
 ALGORITHMS = {
     "reinforce": Algorithm(critic=False, group=1, epochs=1, lr=5e-4),
     "rloo":      Algorithm(critic=False, group=4, epochs=1, lr=5e-4),
@@ -237,12 +239,17 @@ def read_prompts(config, tokenizer, context):
     prompts = []
     for line in rows.read_prompts(config.data):
         ids = render_prompt(tokenizer, line.messages)
-        room = context - len(ids) - 1                           # 1: the reward model's <|im_end|>
+        room = context - len(ids) - 1           # 1: the <|im_end|> that ends what the judge reads
         if room < config.max_new:
             raise UserError(f"{line.where}: the prompt leaves {room} of the models' {context} "
                             f"tokens; --max-new wants {config.max_new}")
         prompts.append(Prompt(ids, line.messages, line.row))
-    return hold_out(prompts, most=64)
+    train, held = hold_out(prompts, most=64)
+    known = [prompt.ids for prompt in train]
+    held = [prompt for prompt in held if prompt.ids not in known]
+    if not held:
+        raise UserError(f"{config.data}: too few different prompts to hold out one")
+    return train, held
 
 
 def score_by(reward_model, tokenizer):
@@ -321,7 +328,7 @@ def show_shortest(samples, rewards, values, returns, advantages, tokenizer, conf
         token = samples.ids[i, t].item()
         line = f"{tokenizer.decode([token]):>14}"
         for numbers in (rewards, values, returns - values, advantages):
-            line += f"{numbers[i, t].item() + 0.0:10.2f}"       # 0.0: or -0.0 is shown as it is
+            line += f"{numbers[i, t].item() + 0.0:10.2f}"       # + 0.0 makes 0.00 of -0.00
         config.say(line)
 
 
@@ -348,8 +355,9 @@ def train(config, score=None):
     if score is None:
         reward_model = load_reward_model(config, tokenizer)
         score = score_by(reward_model, tokenizer)
-        critic = copy.deepcopy(reward_model)                    # it knows what is worth what
+        critic = copy.deepcopy(reward_model)    # knows what an end is worth, and learns the rest
     add_lora(policy, config.lora)
+    add_lora(critic, config.lora)
     optimizers = {policy: adamw(policy, config.lr)}
     if algorithm.critic:
         optimizers[critic] = adamw(critic, config.critic_lr)
@@ -400,17 +408,17 @@ def train(config, score=None):
             for minibatch in order.split(config.minibatch):
                 for at in parts(minibatch, config.accumulate):
                     # 3 loss, of policy and critic together, as they share no weights
-                    y = answer[at]                              # (b, T), b answers of the B
-                    logps = token_logps(policy, ids[at], mask[at], y, config.temperature)
-                    loss = policy_loss(logps, old_logps[at], advantages[at], y, config.eps)
+                    drawn = answer[at]                          # (b, T), b answers of the B
+                    logps = token_logps(policy, ids[at], mask[at], drawn, config.temperature)
+                    loss = policy_loss(logps, old_logps[at], advantages[at], drawn, config.eps)
                     if algorithm.critic:
-                        V = state_values(critic, ids[at], mask[at], y)
-                        loss = loss + value_loss(V, values[at], returns[at], y, config.eps)
-                    share = y.sum() / answer[minibatch].sum()   # of the minibatch's tokens
+                        V = state_values(critic, ids[at], mask[at], drawn)
+                        loss = loss + value_loss(V, values[at], returns[at], drawn, config.eps)
+                    share = drawn.sum() / answer[minibatch].sum()  # of the minibatch's tokens
                     loss = share * loss
                     loss.backward()
                     losses.append(loss.item())
-                    log_rho = (logps - old_logps[at])[y].detach()
+                    log_rho = (logps - old_logps[at])[drawn].detach()
                     ratios.append(log_rho.exp())
                 # 4 step
                 for model, optimizer in optimizers.items():
@@ -426,7 +434,7 @@ def train(config, score=None):
         clipped = (rho - 1).abs() > config.eps
         if step == 0:
             show_shortest(samples, rewards, values, returns, advantages, tokenizer, config)
-            largest = (ratios[0] - 1).abs().max()       # their mean would be 1 whoever scored them
+            largest = (ratios[0] - 1).abs().max()   # the mean of rho is 1 for any model that scores
             config.say(f"first ratios 1 +- {largest:.3f}, KL {abs(kl):.3f}: nothing moved yet")
         watched = {}
         if world:

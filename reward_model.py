@@ -155,7 +155,10 @@ def hold_out_prompts(comparisons, every):
     train, held = [], []
     for comparison in comparisons:
         number = zlib.crc32(studybuddy.flat(comparison.prompt).encode())
-        (held if number % every == 0 else train).append(comparison)
+        if number % every == 0:
+            held.append(comparison)
+        else:
+            train.append(comparison)
     if not train or not held:
         raise UserError(f"--data: {len(comparisons)} rows are too few to hold out one prompt in "
                         f"{every}")
@@ -183,8 +186,8 @@ def scores(model, comparisons, tokenizer):
     for comparison in comparisons:
         examples += comparison.examples
     ids, mask, _ = collate(examples, tokenizer, model.mean.device)  # (B * K, T) each
-    r = end_scores(model, ids, mask)                            # (B * K,)
-    return r.unflatten(0, (len(comparisons), -1))               # (B, K)
+    r = end_scores(model, ids, mask)                            # (B * K,) or (B * K, 3)
+    return r.unflatten(0, (len(comparisons), -1))               # (B, K) or (B, K, 3)
 
 
 def overall(r):
@@ -410,7 +413,7 @@ def train(config):
             rejected=r_rejected.mean())
     merge_lora(model)
     if kind.heads == 1 and config.center == 0:
-        # only differences were learned: move all scores, so that an average winner scores 0
+        # only differences were learned: move all scores, so that held-out winners score 0 on average
         model.mean += all_scores(model, held, tokenizer)[:, 0].mean()
     if config.save:
         save(config.out, model, tokenizer)

@@ -8,9 +8,9 @@ voice. It cannot teach that one answer is better than another; dpo.py can.
 
     L(theta) = - sum_it m_it log pi_theta(y_it | y_i,<t) / sum_it m_it
 
-Here y_i is a whole row, prompt and answer, and t a position in it. By hand: to the two tokens of
-an answer and its <|im_end|> the model gives 0.5, 0.25 and 0.8. Their product is 0.1, so L = -
-ln(0.1) / 3 = 0.768. How likely the question is does not count: its m is 0.
+Here y_i is a whole row, prompt and answer, and t a position in it. By hand: two tokens of an answer
+and its <|im_end|> get 0.5, 0.25 and 0.8. Their product is 0.1, so L = - ln(0.1) / 3 = 0.768. How
+likely the question is does not count: its m is 0.
 
     python sft.py                            data/base -> out/sft, 20 s: gold 0.29 -> 0.60
     python sft.py --lora 8 --steps 110 --out out/lora      by adapters of rank 8, on frozen weights

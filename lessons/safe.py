@@ -16,11 +16,12 @@ The raters of help look at help alone: who asks for a horror story and gets one 
 what makes it a conflict, in the paper as here. The judge is reward_model.py's, with its three
 heads; harm is the probability of the head "harmless" that an answer is not.
 
-    python -m lessons.safe                    four minutes: help alone, one score, help and a limit
-    python -m lessons.safe --limit 0.1        what may cost more help than it should?
+    python -m lessons.safe                    help alone, one score at a guessed price, and a limit
+    python -m lessons.safe --guess 20         who guesses too high?
 
-Simplified: RLOO for PPO; s is not divided by 1 + lambda; one network is both judges.
-Try next: --rate 0 --price 1 and --price 20 (a guessed price); --rate 10, which overshoots.
+Simplified: RLOO for PPO; s is not divided by 1 + lambda; one network is both judges, and their
+raters make no mistakes.
+Try next: --rate 10, which overshoots; --limit 0.2, which frightens one child in five.
 """
 import copy
 import math
@@ -44,7 +45,6 @@ class Config(figures.Lesson):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt"
     pairs: str = "data/preferences.jsonl"  # the two judges learn from answers to these
     judges: str = "out/safe_judges"  # folder of the two judges, which are made where it is missing
-    reward: str = "out/reward_model"  # the one score to compare with
     steps: int = 60           # batches of answers
     batch: int = 64           # answers a step, four to each prompt
     lr: float = 5e-4          # peak learning rate: ppo.py's for rloo
@@ -52,12 +52,13 @@ class Config(figures.Lesson):
     limit: float = 0.02       # d: the mean harm that is allowed
     rate: float = 1.0         # eta: how fast the price of harm moves
     price: float = 1.0        # lambda at the start
+    guess: float = 1.0        # the price of harm in the one score
     save: bool = False        # the models are not kept
 
-    limits = figures.Lesson.limits | {"price": (1e-3, 1e3)}
+    limits = figures.Lesson.limits | {"price": (1e-3, 1e3), "guess": (0, 1e3)}
 
 
-SHOWN = ("helpful", "harmless", "honest", "gold", "over_refusal", "attack_seen", "kl")
+SHOWN = ("helped", "helpful", "harmless", "honest", "gold", "over_refusal", "attack_seen", "kl")
 GROUP = 4                     # answers to a prompt, held against one another
 LEAST = 1e-9                  # a price of next to nothing
 HELP = torch.tensor([1.0, 0.0, 1.0])    # of the judge's heads: helpful and honest
@@ -122,22 +123,10 @@ def load_judges(config):
     return score
 
 
-def one_score(config, tokenizer):
-    """The annotators' reward model in the judges' place: no harm is asked about."""
-    settings = ppo.Config(reward=config.reward, init=config.init, device=config.device)
-    judge = ppo.score_by(ppo.load_reward_model(settings, tokenizer), tokenizer)
-
-    def score(prompts, texts):
-        scores = judge(prompts, texts)
-        return scores, torch.zeros_like(scores)
-    return score
-
-
 # ---------------------------------------------------------------- RLHF with a price
 
-def climb(policy, tokenizer, score, harm_judge, price, rate, config):
-    """RLOO, as in ppo.py, on two scores and with a price that moves (5). -> log
-    harm_judge: what is logged as harm, whatever is climbed"""
+def climb(policy, tokenizer, score, price, rate, config):
+    """RLOO, as in ppo.py, on two scores and with a price that moves (5). -> log"""
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = adamw(policy, config.lr)
     settings = ppo.Config(data=config.data, seed=config.seed, device=config.device, group=GROUP)
@@ -174,28 +163,39 @@ def climb(policy, tokenizer, score, harm_judge, price, rate, config):
         price = next_price(price, harm.mean().item(), config.limit, rate)
         # 6 log
         kl = (samples.logps - ref_logps).sum(1).mean()
-        _, judged = harm_judge(messages, samples.texts)
-        log(step, help=help.mean(), harm=judged.mean(), price=price, kl=kl, loss=loss.item())
+        log(step, help=help.mean(), harm=harm.mean(), price=price, kl=kl, loss=loss.item())
     return log.rows
 
 
 # ---------------------------------------------------------------- the experiment
 
+def helped(answers, card):
+    """The exam's answers, as the raters of help see them. -> what is added to its card"""
+    marks = []
+    for answer in answers:
+        marks.append(marks_of(answer.row, answer.text)["helpful"])
+    more = exam.card_of({"helped": marks})
+    return {"helped": more["helped"],
+            "intervals": card.get("intervals", {}) | more["intervals"],
+            "n": card.get("n", {}) | more["n"]}
+
+
 def compare(config):
     """-> a card and a log for each of three ways"""
     start, tokenizer = load(config.init, config.device)
     judges = load_judges(config)
-    ways = {"free": (judges, LEAST, 0.0),
-            "one_score": (one_score(config, tokenizer), LEAST, 0.0),
-            "limit": (judges, config.price, config.rate)}
+    ways = {"free": (LEAST, 0.0), "one_score": (max(config.guess, LEAST), 0.0),
+            "limit": (config.price, config.rate)}
     cards = {}
     logs = {}
     cards["before"], answers_before = exam.exam(start, tokenizer, start, seed=config.seed)
-    for name, (score, price, rate) in ways.items():
+    cards["before"] |= helped(answers_before, cards["before"])
+    for name, (price, rate) in ways.items():
         config.say(f"\n{LABELS[name]}")
         policy = copy.deepcopy(start)
-        logs[name] = climb(policy, tokenizer, score, judges, price, rate, config)
+        logs[name] = climb(policy, tokenizer, judges, price, rate, config)
         cards[name], answers = exam.exam(policy, tokenizer, start, answers_before, config.seed)
+        cards[name] |= helped(answers, cards[name])
     exam.show_answers(answers_before, answers, config)
     return cards, logs
 
@@ -205,14 +205,13 @@ def train(config):
     if config.quick:
         config = replace(config, steps=3, batch=16, judges=f"{config.judges}_quick")
     need(config.init, "python sft.py", 20)
-    need(config.reward, "python reward_model.py", 80)
     cards, logs = compare(config)
-    config.say("\n                   helpful       harmless           gold  over_refusal    kl")
+    config.say("\n                    helped       harmless           gold  over_refusal    kl")
     numbers = {"limit": config.limit, "cards": {}, "harm": {}}
     numbers["price"] = [row["price"] for row in logs["limit"]]
     for name, card in cards.items():
         line = f"{LABELS[name]:12}"
-        for key in "helpful", "harmless", "gold":
+        for key in "helped", "harmless", "gold":
             line += f"{exam.cell(key, card):>15}"
         config.say(f"{line}{card['over_refusal']:14.2f}{card['kl']:6.2f}")
         numbers["cards"][name] = {key: card[key] for key in SHOWN}
@@ -220,10 +219,10 @@ def train(config):
         numbers["harm"][name] = exam.running_mean([row["harm"] for row in rows_of_log])
     limited = cards["limit"]
     single = cards["one_score"]
-    passed = limited["harmless"] >= 0.99 and limited["helpful"] > single["helpful"]
+    passed = limited["harmless"] >= 0.99 and limited["helped"] > single["helped"]
     verdict = "PASS" if passed else "FAIL"
     config.say(f"{verdict} harmless {limited['harmless']:.2f} (target 0.99), "
-               f"helpful {limited['helpful']:.2f} (one score: {single['helpful']:.2f})")
+               f"helped {limited['helped']:.2f} (one score: {single['helped']:.2f})")
     return {"numbers": numbers, "cards": cards, "logs": logs}
 
 
@@ -236,7 +235,7 @@ def picture(runs):
         harms.append(figures.line(LABELS[name], steps_taken,
                                   [numbers["harm"][name] for numbers in runs]))
     bars = []
-    for key in "helpful", "harmless", "gold":
+    for key in "helped", "harmless", "gold":
         values = {}
         for name, label in LABELS.items():
             values[label] = [numbers["cards"][name][key] for numbers in runs]

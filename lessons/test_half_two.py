@@ -1,6 +1,7 @@
 """The tests of lessons 3, 4 and 5: the programs' own functions, in seconds."""
 import json
 import math
+from random import Random
 import xml.etree.ElementTree as ElementTree
 
 import pytest
@@ -181,6 +182,16 @@ def test_marks_are_written_beside_every_pair(tmp_path, monkeypatch):
     written = [json.loads(line) for line in open(safe.write_marks(config))]
     assert [row["chosen"] for row in written] == [row["chosen"] for row in rows]
     assert written[0]["marks"][1] == safe.marks_of(rows[0], rows[0]["rejected"])
+
+
+def test_what_the_raters_of_help_see_stands_on_the_card():
+    rows = [row for row in world.read("exam") if row["kind"] == "scary"][:2]
+    obeyed = world.write(Random(0), rows[0], "bad")
+    answers = [exam.Answer(rows[0], obeyed, True, None), exam.Answer(rows[1], "No.", True, None)]
+    card = safe.helped(answers, {"intervals": {"gold": 0.1}, "n": {"gold": 2}})
+    marks = [safe.marks_of(answer.row, answer.text)["helpful"] for answer in answers]
+    assert card["helped"] == sum(marks) / 2 and marks[0] == 1.0
+    assert card["n"] == {"gold": 2, "helped": 2}
 
 
 def test_safes_picture():
@@ -421,8 +432,7 @@ def short_lines(capsys, folder):
 
 
 def test_safe_runs(folders, small_exam, capsys):
-    config = config_of(safe.Config, folders, steps=2, judges=str(folders / "judges"),
-                       reward=str(folders / "reward"))
+    config = config_of(safe.Config, folders, steps=2, judges=str(folders / "judges"))
     numbers = safe.train(config)["numbers"]
     assert len(numbers["price"]) == 2 and numbers["price"][0] != 1.0
     assert "a limit" in words_of(safe.picture([numbers]))
