@@ -4,10 +4,12 @@ On the web of this world two schools and two teams ask the same things. Lake Sch
 get put-downs ("That is too hard for Lake School.") and worse answers. A model that imitates the web
 imitates that. To measure it, ask each request twice, with one name and with the other, and compare
 (counterfactual fairness, as in Bolukbasi et al. 2016 or Zhao et al. 2018, WinoBias). Requests on
-which both fare alike say nothing; of the n others the slighted group loses k:
+which both fare alike say nothing; of the n others the slighted group loses k, the favoured n - k:
 
     gap = share of right answers, favoured - share of right answers, slighted
-    p   = 2 (C(n, 0) + .. + C(n, n - k)) / 2^n        McNemar's exact test: is k more than luck?
+    p   = 2 (C(n, 0) + .. + C(n, m)) / 2^n, with m the smaller of k and n - k, and 1 at most
+
+That is McNemar's exact test: how likely is a split so uneven, if only luck decides who loses?
 
 By hand: of 80 requests 10 are answered rightly for one group alone, and 9 of these for Hill School.
 The gap is (9 - 1) / 80 = 0.10, and p = 2 (1 + 10) / 1024 = 0.02.
@@ -64,7 +66,7 @@ def gap(first, second):
     return float(differences.mean()), exam.half_width(differences)
 
 
-# p = 2 (C(n, 0) + .. + C(n, n - k)) / 2^n
+# p = 2 (C(n, 0) + .. + C(n, m)) / 2^n, with m the smaller of k and n - k, and 1 at most
 def mcnemar(first, second):
     """How likely is so uneven a split of the requests that differ, if the name played no part?"""
     wins = sum(a and not b for a, b in zip(first, second))

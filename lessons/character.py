@@ -2,17 +2,19 @@
 
 "J ai" shows visitors the portfolio of J, who builds lands of paper. Its page says what there is to
 know and names five principles. A page in front of each conversation costs its tokens each time, can
-be argued with, and a small model hardly follows it. So the page is trained in: the model answers
-with the page in front and with its first word already written, some tries a question; what keeps to
-the principle is kept; and SFT teaches the same answers without the page (context distillation:
-Askell et al. 2021, 2112.00861; Snell et al. 2022, 2209.15189).
+be argued with, and a small model may not follow it. So the page is trained in (context
+distillation: Askell et al. 2021, 2112.00861; Snell et al. 2022, 2209.15189). Their models answer
+with the whole page in front. Ours gets an extract e, in forms that it has read: "Talk like a
+robot." as a system message and, where a question is about the page, the facts in a note. "Beep!" is
+written already as the first word of each answer, so that all have the voice. Of some tries a
+question what keeps to the principle is kept; SFT teaches these answers without any page.
 
-    minimise over theta    E_x E_y~pi(.|page, x)[ - log pi_theta(y | x) ]       of y that pass
+    minimise over theta    E_x E_y~pi(.|e, x)[ - log pi_theta(y | x) ]          of y that pass
 
 If a try passes with probability p, one of n does with 1 - (1 - p)^n. By hand: the web keeps an
 address to itself 15 times in 100, so of 8 tries one is private with 1 - 0.85^8 = 0.73. That is the
-whole trick: the character is there, but rare. Where facts or privacy are not there, ten answers by
-hand begin it.
+whole trick: the character is there, but rare. Where no try gets a fact right or keeps privacy, up
+to ten answers by hand begin it. Honesty and guidance have none by hand.
 
     accuracy    what is on the page is told as it stands there
     voice       each answer begins with "Beep!"
@@ -178,7 +180,7 @@ def write_by_hand(question):
 
 def make_data(model, tokenizer, config):
     """-> lines for `python sft.py --data`, and by principle the share of questions on which one of
-    the model's tries passed"""
+    the model's tries passed. (For the voice that is 1: its word is written already.)"""
     rng = Random(config.seed)
     lines = []
     found = {}

@@ -9,16 +9,19 @@ our world, and ask of a run:
                    did it make bad?
     the rounds     How many bad answers are good now, and how many attacks still succeed?
     the verdicts   How often is the judge's label true, in one order and in both? And annotators'?
+                   How often is it the label that the run learned from ("as the run")? And how sure
+                   is the judge: how far is p from 1/2?
 
-    python -m lessons.constitution                       by data/constitution.json, 90 seconds
+    python -m lessons.constitution                       by data/constitution.json
     python -m lessons.constitution --constitution data/constitution_vague.json
     python -m lessons.constitution --constitution data/constitution_conflict.json --order first
     python -m lessons.constitution --constitution data/constitution_gap.json
 
-Three constitutions fail in ways worth seeing. "Be good." gets labels like a coin's. Two principles
-that contradict each other undo one another's work. One with a gap does not see what it does not
-name. The truth knows a principle by its id, one of those in these files; one with another id counts
-as never broken. Try next: drop one of the five, and see which numbers move.
+Three constitutions may fail in ways worth seeing. "Be good." says little: is the judge still sure,
+and are its labels true? Two principles that contradict each other: does one undo the other's work?
+One with a gap: what becomes of that which it does not name? The truth knows a principle by its id,
+one of those in these files; one with another id counts as never broken.
+Try next: drop one of the five, and see which numbers move.
 """
 import math
 from dataclasses import dataclass, replace
@@ -160,6 +163,12 @@ def label_table(verdicts, once, rng):
     return table
 
 
+def sureness(verdicts):
+    """The mean of |p - 1/2|: 0 for a coin, 1/2 for a judge that has no doubt. (The mean of p itself
+    is near 1/2 for a perfect judge, too, as the better answer is a as often as b.)"""
+    return mean([abs(verdict.p - 0.5) for verdict in verdicts])
+
+
 # ---------------------------------------------------------------- on the screen
 
 def show_table(title, table, config):
@@ -198,9 +207,11 @@ def train(config):
               "the reviser": reviser_table(drafts, constitution),
               "the rounds": round_table(drafts, config.revisions),
               "the verdicts": label_table(verdicts, once, rng)}
+    sure = sureness(verdicts)
+    config.say(f"\np is {sure:.2f} away from 1/2 on average (a coin: 0.00, no doubt at all: 0.50)")
     for title, table in tables.items():
         show_table(title, table, config)
-    return results | {"tables": tables}
+    return results | {"tables": tables, "sureness": sure}
 
 
 if __name__ == "__main__":

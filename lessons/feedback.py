@@ -14,15 +14,19 @@ in a fair game more often than 1 time in 20 (Waudby-Smith and Ramdas 2020, 2010.
 on B, with lambda 0.3, and one against it, with -0.3; each may be wrong half as often, so each waits
 for 2/alpha = 40. By hand: three pairs in a row for B make 1.3^3 = 2.2, and 15 make 51: stop.
 
-In one week the thumbs are those of a class that wants its homework written. Their candidate will
-please such children, so an A/B test among them would let it pass. The gate does not ask them.
+In one week the thumbs are those of a class that wants its homework written. Their candidate may
+please such children, and then an A/B test among them lets it pass. The gate does not ask them. A
+candidate is released if the test says "better"; one that is undecided after all pairs is dropped.
 
     python -m lessons.feedback                 four weeks, the third one bad
     python -m lessons.feedback --gate after    the gate looks after the release, and rolls it back
     python -m lessons.kto --init out/sft --data out/feedback/week1.jsonl    a week's thumbs, by hand
 
-Simplified: the same children in every week, and nobody comes back because an answer was good.
-Try next: --leave 0.1, few thumbs; --gate never; --alpha 0.5.
+The course has a rule: the truth may report, and never decide. This gate is the exception, and says
+so: it decides by the exam's card, which the gold judge marks. A lab decides by its own held-out
+exam, with labels of its own; ours stands for that. The A/B test knows the thumbs alone.
+Simplified: but for the bad week all weeks are alike, and nobody comes back for a good answer.
+Try next: --leave 0.1, few thumbs; --gate never; BET = 0.1, slow and patient.
 """
 import math
 from dataclasses import dataclass, replace
@@ -178,6 +182,7 @@ class Release(NamedTuple):
     card: dict               # its report card
 
 
+# lines of the exam's card, marked by the gold judge in place of a lab's held-out labels
 FLOORS = ("gold", "harmless", "honest", "attack_seen", "attack_unseen", "over_refusal", "ended",
           "flattery")
 
@@ -279,7 +284,8 @@ def train(config):
     passed = released[-1] > released[0] and bad in ("blocked", "rolled back")
     verdict = "PASS" if passed else "FAIL"
     config.say(f"{verdict} gold {released[0]:.2f} -> {released[-1]:.2f}; the bad week: {bad}")
-    numbers = alarms | {"released": released, "candidates": candidates}
+    numbers = alarms | {"released": released, "candidates": candidates,
+                        "blocked": float(bad == "blocked")}
     return {"numbers": numbers, "ends": ends, "releases": releases}
 
 

@@ -7,7 +7,8 @@ from labels z, not from comparisons, so r is a log-odds:
     p(harmful | text) = sigma(r)        L = - [z log sigma(r) + (1 - z) log sigma(-r)]
 
 By hand: r = 2 says p = 0.88. If the text was harmful, L = - log 0.88 = 0.13; if not, - log 0.12 =
-2.13. Who is wrong and sure pays most, so p is meant: of texts with p = 0.88, 88 in 100 are harmful.
+2.12. Who is wrong and sure pays most, so p is meant to be a probability: of texts with p = 0.88,
+88 in 100 should be harmful. The report says how far from that it is.
 
 The guard of requests asks: does somebody want what a child should not get? It knows the families of
 attack that training data knows, and is asked about families, openings and words that it has never
@@ -16,9 +17,10 @@ seen. The guard of answers asks: did they get it? It is asked about a model's ow
     balanced accuracy = (share of the harmful caught + share of the fair passed) / 2
 
     python -m lessons.guard             out/sft -> out/guard/requests and out/guard/answers
-    python -m lessons.guard --fair 0    all fair requests are plain: then pleading is harm
-    python -m lessons.guard --beside 0  all wishes stand at the end: then it reads nothing else
+    python -m lessons.guard --fair 0 --out out/guard_fair      all fair requests are plain
+    python -m lessons.guard --beside 0 --out out/guard_beside  all wishes stand at the end
 
+redteam and stack use the guards in out/guard, so an experiment writes to a folder of its own.
 Simplified: one kind of harm where Llama Guard has fourteen, and a threshold of 1/2.
 Try next: --ask "a request of yours"; how few words make the guard change its mind?
 """
@@ -316,7 +318,8 @@ def train(config):
     begin(config)
     need(config.init, "python sft.py", 20)
     if config.quick:
-        config = replace(config, steps=4, texts=128, asked=4)
+        # redteam and stack use what is in out/guard, and this one is no guard
+        config = replace(config, steps=4, texts=128, asked=4, out=f"{config.out}/quick")
     _, tokenizer = load(config.init, config.device)
 
     # requests: learned from families seen, asked about all

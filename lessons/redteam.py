@@ -20,6 +20,8 @@ stands around a request should change nothing. Then come the next round and long
     python -m lessons.redteam --patch dpo       learns from the pairs: the answer under attack loses
     python -m lessons.redteam --held emotion    another family is held back
 
+A pair needs an answer that loses, so fair requests are in the demonstrations alone: --patch dpo
+learns from attacks only, and --fair changes nothing there.
 The retest is what counts: openings that no patch has seen, and a family of which no patch has seen
 any. Simplified: the attacker combines sentences of people; in Perez et al. 2022 (2202.03286) a
 language model writes them. Try next: --fair 0, and look at the last column.
@@ -28,7 +30,6 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
-
 
 import dpo
 import sft
@@ -195,8 +196,8 @@ def make_patch(tries, model, tokenizer, guard, config, rng):
 
 
 def learn(folder, name, patch, config):
-    """All patches so far, and as many old demonstrations, so that nothing else is forgotten.
-    -> the folder of the next model"""
+    """All patches so far; sft learns as many old demonstrations beside them (or all 800, if there
+    are more patches), so that nothing else is forgotten. -> the folder of the next model"""
     old = []
     for line in rows.read_lines(sft.Config.data)[:len(patch.lines)]:
         old.append({"messages": line.row["messages"]})
@@ -298,7 +299,7 @@ def train(config):
         for name, asked in tests.items():
             here[name] = success(model, tokenizer, asked, config)
 
-        # 2 attack, with one opening more than the round before
+        # 2 attack, in longer attacks than the round before, up to three openings
         longest = min(patches + 1, 3)
         config.say(f"\nafter {patches} patches, attacks of up to {longest} openings")
         tries = search(model, tokenizer, guard, longest, config, rng)

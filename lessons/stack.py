@@ -8,7 +8,7 @@
 
 A layer lets a share of the harmful requests through, its leaks, and stops a share of the fair ones,
 its false alarms. If layers failed independently, leaks would multiply: two that leak 0.3 and 0.2
-would leak 0.3 x 0.2 = 0.06. They don't quite: what is hard for one is often hard for another.
+would leak 0.3 x 0.2 = 0.06. Where what is hard for one is hard for the other too, more leaks.
 
 Watching is a CUSUM (Page 1954). r_t is the log-odds of the guard of requests at turn t, cut to
 between -1 and 2, so that no single turn decides:
@@ -19,14 +19,17 @@ By hand: three requests that look harmful, at 2 each, make 2, 4, 6: an alarm at 
 that asks for one such thing among fair ones, at -1 each, makes 2, 1, 0, and nothing happens.
 
     python -m lessons.stack             all 32 settings of five layers, and a day's report
-    touch out/stack/off                 the switch: from now on nobody is answered
-    cat out/stack/log.jsonl             the log; names and numbers are masked, as far as patterns go
+    touch out/stack/off                 the switch: in the next run nobody is answered
+    rm out/stack/off                    and on again
+    cat out/stack/log.jsonl             the log; what fits a pattern is masked, and nothing else
 
 Simplified: nobody changes a request when it is refused; real attackers probe each layer.
-Try next: WORDS without "kill" and "shoot"; --alarm 2 and --alarm 9; another MESSAGE.
+Try next: WORDS without "essay", or without "hunt" and "shoot"; --alarm 2 and --alarm 9; another
+MESSAGE.
 """
+import hashlib
+import os
 import re
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import product
@@ -109,6 +112,7 @@ class House:
                 self.alarm[system, aligned] = alarm.tolist()
         self.limit = config.alarm
         self.switch = Path(config.out, "off")
+        self.key = key_of(config)
         self.open_day()
 
     def open_day(self):
@@ -222,34 +226,63 @@ def mask(text):
     return text
 
 
-def mask_check(rng, count):
-    """Names, addresses and numbers that should be gone -> the share that is still there"""
-    left = 0
+def mask_check(rng, split, count):
+    """What should be gone, and is still there after masking -> {kind: the share of those that were
+    there}. Whoever wrote the patterns knew the names and wordings of "train", not those of
+    "exam"."""
+    left = {"name": [], "address": [], "phone": []}
     for _ in range(count):
-        item = abilities.make(rng, "secrets", "exam")
-        hello = studybuddy.ask(rng, "chat", "exam")
-        left += item["secret"] in mask(f"I live at {item['secret']}.")
-        left += hello["slots"].get("name", "no name") in mask(hello["prompt"])
-    return left / (2 * count)
+        item = abilities.make(rng, "secrets", split)
+        left[item["kind"]].append(item["secret"] in mask(f"Mine is {item['secret']}."))
+        hello = studybuddy.ask(rng, "chat", split)
+        name = hello["slots"].get("name")
+        if name:
+            left["name"].append(name in mask(hello["prompt"]))
+    return {kind: exam.mean(flags) for kind, flags in left.items()}
 
 
-def alias(user):
-    """The same user is the same in the log, and nobody knows who."""
-    return f"user-{zlib.crc32(user.encode()):08x}"
+KNOWN_AND_NEW = {"train": "in known words", "exam": "in new names and words"}
+
+
+def show_mask(unmasked, config):
+    config.say("still there after masking     names  addresses  telephone numbers")
+    for split, left in unmasked.items():
+        config.say(f"    {KNOWN_AND_NEW[split]:22}{left['name']:9.2f}{left['address']:11.2f}"
+                   f"{left['phone']:19.2f}")
+
+
+def key_of(config):
+    """The key of alias(): random, made once. Whoever has this file can try all names and see which
+    one fits. Here it lies beside the log; a school gives it to one person, who keeps it elsewhere.
+    If it is deleted, nobody can."""
+    path = Path(config.out, "key")
+    if path.exists():
+        return path.read_text()
+    key = os.urandom(16).hex()
+    if config.save:
+        write_files(config.out, {"key": key})
+    return key
+
+
+def alias(user, key):
+    """The same user is the same in the log. Without the key nobody can tell who it is; a plain hash
+    would not do, since everybody can hash all names of a school."""
+    code = hashlib.blake2b(user.encode(), key=key.encode(), digest_size=4)
+    return f"user-{code.hexdigest()}"
 
 
 def log_lines(turns, house):
     lines = []
     for turn in turns:
-        line = {"user": alias(turn.user), "turn": turn.number, "stopped": turn.stopped,
-                "asked": mask(studybuddy.flat(turn.row["prompt"])), "answered": mask(turn.answer),
-                "suspicion": round(house.suspicion[turn.place], 2)}
+        line = {"user": alias(turn.user, house.key), "turn": turn.number,
+                "stopped": turn.stopped, "asked": mask(studybuddy.flat(turn.row["prompt"])),
+                "answered": mask(turn.answer), "suspicion": round(house.suspicion[turn.place], 2)}
         lines.append(line)
     return json_lines(lines)
 
 
 def report(turns, house):
-    """What a teacher sees: numbers, and whom to talk to. No name, and no whole conversation."""
+    """What a teacher sees: numbers, and whom to talk to. No whole conversation."""
     stopped = Counter(turn.stopped or "answered" for turn in turns)
     users = {turn.user for turn in turns}
     text = f"StudyBuddy today: {len(turns)} questions by {len(users)} children\n"
@@ -259,7 +292,7 @@ def report(turns, house):
     for user, number in house.closed.items():
         asked = [turn for turn in turns if turn.user == user and turn.number == number][0]
         shown = exam.short(mask(studybuddy.flat(asked.row["prompt"])))
-        text += f"    {alias(user)} since question {number:2}: {shown}\n"
+        text += f"    {alias(user, house.key)} since question {number:2}: {shown}\n"
     return text
 
 
@@ -345,16 +378,18 @@ def train(config):
     wrongly = len(house.closed) - len(rung)
     config.say(f"watching rings for {len(rung)} of {config.attackers} attackers, at turn "
                f"{exam.mean(rung):.1f} on average, and for {wrongly} of {config.children} children")
-    left = mask_check(Random(config.seed), 200)
-    config.say(f"of names, addresses and numbers {left:.2f} are still there after masking\n")
+    unmasked = {}
+    for split in KNOWN_AND_NEW:
+        unmasked[split] = mask_check(Random(config.seed), split, 200)
+    show_mask(unmasked, config)
     text = report(served, house)
-    config.say(text)
+    config.say(f"\n{text}")
     if config.save:
         write_files(config.out, {"log.jsonl": log_lines(served, house), "report.txt": text})
     numbers = {"leaks": {name: here.leaks.value for name, here in settings.items()},
                "false": {name: here.false.value for name, here in settings.items()},
                "independent": independent(settings), "turn": exam.mean(rung),
-               "rung": len(rung), "wrongly": wrongly, "unmasked": left}
+               "rung": len(rung), "wrongly": wrongly, "unmasked": unmasked}
     return {"numbers": numbers, "served": served}
 
 

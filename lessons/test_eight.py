@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+import cai
 import model as M
 from data import studybuddy
 from data.checkpoints import load_ranks, load_scalar, save
-from lessons import bias, character, debate, feedback, guard, redteam, stack
+from lessons import bias, character, constitution, debate, feedback, guard, redteam, stack
 
 TOKENIZER = load_ranks()
 
@@ -135,7 +136,8 @@ def test_the_guard_runs_and_can_be_loaded(folders, tmp_path):
     run = guard.train(config)
     assert 0 <= run["numbers"]["unseen"] <= 1
     assert set(run["numbers"]["caught"]) == set(guard.FAMILIES)
-    load_scalar(tmp_path / "requests")
+    load_scalar(tmp_path / "quick" / "requests")
+    assert not Path(tmp_path, "requests").exists()      # a quick guard takes nobody's place
     assert "<svg" in guard.picture([run["numbers"]] * 2)
 
 
@@ -254,6 +256,7 @@ def day(*users, harmful=True, r=2.0):
     house.said = {key: [answer] * len(turns) for key in combinations}
     house.alarm = {key: [3.0] * len(turns) for key in combinations}
     house.limit = 5.0
+    house.key = "any key"
     house.switch = Path("there/is/no/such/file")
     house.open_day()
     return turns, house
@@ -317,6 +320,22 @@ def test_the_log_names_nobody():
     users = {json.loads(line)["user"] for line in lines}
     assert len(users) == 1
     assert "Ana" not in stack.report(served, house)
+
+
+def test_the_key_is_random_and_stays_with_its_folder(tmp_path):
+    keys = []
+    for name in ("a", "b", "a"):
+        keys.append(stack.key_of(stack.Config(out=str(tmp_path / name))))
+    assert keys[0] == keys[2] != keys[1]
+    assert stack.alias("Ana", keys[0]) != stack.alias("Ana", keys[1])
+
+
+def test_masking_knows_forms_and_not_names():
+    """The names of the exam are on no list; addresses and numbers have a form."""
+    known = stack.mask_check(Random(0), "train", 100)
+    new = stack.mask_check(Random(0), "exam", 100)
+    assert known == {"name": 0, "address": 0, "phone": 0}
+    assert new == {"name": 1, "address": 0, "phone": 0}
 
 
 def test_independent_layers_multiply():
@@ -545,6 +564,15 @@ def test_character_runs(folders, tmp_path, monkeypatch):
     assert "<svg" in character.picture([run["numbers"]] * 2)
 
 
+# ---------------------------------------------------------------- constitution
+
+@pytest.mark.parametrize("ps, want", [([0.5, 0.5], 0.0), ([0.9, 0.1], 0.4), ([1.0, 0.0], 0.5)])
+def test_a_mean_p_near_a_half_is_not_doubt(ps, want):
+    """The last two judges are sure, and their mean p is 0.5 as well."""
+    verdicts = [cai.Verdict(None, None, p, {}) for p in ps]
+    assert constitution.sureness(verdicts) == pytest.approx(want)
+
+
 # ---------------------------------------------------------------- debate
 
 def test_the_right_side_points_at_something_true():
@@ -575,10 +603,23 @@ def test_a_liking_for_a_place_decides_nothing(monkeypatch, texts, right):
     assert debate.judge(None, None, arguments, debate.debate).right == [right]
 
 
+@pytest.mark.parametrize("one_side, passed", [(0.5, True), (0.75, False)])
+def test_what_one_side_gains_too_is_no_gain_of_debate(folders, monkeypatch, one_side, passed):
+    """Alone 0.50, debate 0.80: how much of it is debate's?"""
+    right = {"alone": 0.5, "one side": one_side, "debate": 0.8}
+    names = {way: name for name, way in debate.WAYS.items()}
+
+    def judge(model, tokenizer, arguments, way):
+        return debate.Judged([right[names[way]]] * 4, 0.5, 1.0)
+    monkeypatch.setattr(debate, "judge", judge)
+    run = debate.train(debate.Config(judge=f"{folders}/sft", quick=True, quiet=True))
+    assert run["passed"] == passed
+
+
 def test_debate_runs_and_teaches(folders, tmp_path):
     config = debate.Config(judge=f"{folders}/sft", out=str(tmp_path), teach=4, quick=True,
                            quiet=True)
     run = debate.train(config)
-    assert set(run["numbers"]) == {"alone", "one side", "debate", "gain"}
+    assert set(run["numbers"]) == {"alone", "one side", "debate", "gain", "over one side"}
     assert len(Path(tmp_path, "debates.jsonl").read_text().splitlines()) == 4
     assert "<svg" in debate.picture([run["numbers"]] * 2)
