@@ -14,6 +14,8 @@ these b^2 go on. n answers to a prompt, c of them right, say how often k would d
 By hand: of 4 answers 1 is right. Of the 6 ways to look at 2 of them, 3 hold it: 1 - C(3, 2)/C(4, 2)
 = 1 - 3/6 = 0.5.
 
+Tokens are those of the answers: the prompts and what the judges read are not counted.
+
     python -m lessons.search                      out/sft before RL, out/grpo after; a minute
     python -m lessons.search --models out/grpo    one model alone
 
@@ -24,7 +26,7 @@ choose from, the likelier one of them is its blind spot.
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,9 @@ class Config(figures.Lesson):
 
     limits = figures.Lesson.limits | {"n": (1, 1024), "temperature": (0.01, 100),
                                       "max_new": (1, 10**6)}
+
+
+QUICK_JUDGE = "out/quick/process_reward"
 
 
 # ---------------------------------------------------------------- the maths
@@ -277,11 +282,15 @@ def compare(folder, judges, sums, config):
 def train(config):
     begin(config)
     need(config.judge, "python reward_model.py", 80)
-    is_there = Path(config.process, "config.json").exists()
-    if config.process == Config.process and not is_there:
-        process_reward.train(process_reward.Config())
+    process = config.process
+    if process == Config.process and not Path(process, "config.json").exists():
+        settings = process_reward.Config()
+        if config.quick:            # in a folder where no full run will find it
+            settings = replace(settings, quick=True, quiet=config.quiet, out=QUICK_JUDGE)
+            process = QUICK_JUDGE
+        process_reward.train(settings)
     judges = {"outcome": load_scalar(config.judge, config.device)[0],
-              "step": load_scalar(config.process, config.device)[0]}
+              "step": load_scalar(process, config.device)[0]}
     sums = read_sums(config)
     config.say(f"{len(sums)} sums, {config.n} answers to each; a beam of b tries b x b steps")
     numbers = {}

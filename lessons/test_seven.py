@@ -1,7 +1,8 @@
-"""The tests of page 7's programs: search, verify, grounded, tools and the protocol. Seconds."""
+"""The tests of page 7's programs: aloud, search, verify, grounded, tools and the protocol. Seconds."""
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 import model as M
-from data import abilities
+from data import abilities, generate, studybuddy
 from data.abilities import SILENT, message
 from data.checkpoints import load_ranks, save
-from lessons import grounded, mcp, search, tools, verify
+from lessons import aloud, grounded, mcp, search, tools, verify
 from lessons.mcp import BOOK
 from lessons.tools import Task
 
@@ -539,6 +540,102 @@ def test_a_beam_goes_on_step_by_step(monkeypatch):
     assert right == 1.0 and tokens > 0
 
 
+# ---------------------------------------------------------------- aloud
+
+def row_of(*numbers):
+    text = " + ".join(map(str, numbers))
+    return {"prompt": f"What is {text}?", "kind": "math", "answer": str(sum(numbers)),
+            "slots": {"numbers": list(numbers), "op": "+"}}
+
+
+def test_how_many_sums_and_steps_there_are_by_hand():
+    totals = range(2, 3 * 20 + 1)
+    assert f"{19 ** 4:,}" in aloud.__doc__ and f"{len(totals) * 19:,}" in aloud.__doc__
+    assert f"{0.98 ** 3:.2f}" == "0.94" and "= 0.94" in aloud.__doc__
+
+
+def test_blurted_results_of_the_web_by_hand():
+    """The docstring's 5.5 of 18: of a plain answer 45% are wrong, of a bad one all."""
+    styles = generate.WEB_STYLES["math"]
+    assert styles["plain"] + styles["bad"] == 18 and styles["plain"] * 0.55 == pytest.approx(5.5)
+    rng = Random(0)
+    hits = []
+    while len(hits) < 1000:
+        text = generate.web_answer(rng, row_of(7, 8))
+        if "=" not in text:
+            hits.append(text.endswith(" 15."))
+    assert sum(hits) / 1000 == pytest.approx(5.5 / 18, abs=0.05)    # three deviations
+
+
+def test_steps_of_the_web_by_hand():
+    """The docstring's 95 of 100."""
+    web = (HERE.parent / "data/web.txt").read_text(encoding="utf-8")
+    steps = re.findall(r"(\d+) ([+x]) (\d+) = (\d+)", web)
+    right = [studybuddy.calculate(int(a), op, int(b)) == int(c) for a, op, b, c in steps]
+    assert round(100 * sum(right) / len(right)) == 95
+
+
+def test_sums_have_so_many_numbers_and_are_the_exams():
+    for terms in aloud.LENGTHS:
+        for row in aloud.make_sums(Random(0), terms, 30):
+            numbers = row["slots"]["numbers"]
+            assert len(numbers) == terms and row["answer"] == str(sum(numbers))
+            assert studybuddy.held_out(numbers)
+
+
+def test_what_follows_from_a_wrong_step():
+    """The docstring's example: 4 + 15 = 16, so 16 + 9 = 25."""
+    found = {aloud.wrong_step(Random(seed), row_of(4, 15, 9)) for seed in range(50)}
+    assert ("First 4 + 15 = 16.", "25") in found and len(found) == 8
+    assert "28" not in {result for _, result in found}
+    assert "First 4 + 15 = 16. ..  25 follows" in aloud.__doc__
+
+
+def test_a_right_answer_concludes_and_ends():
+    def right(text, ended=True):
+        return aloud.is_right("28", aloud.Answer(text, ended, 9))
+    assert right("So it is 28.") and right("First 4 + 15 = 19. Then 19 + 9 = 28. So it is 28.")
+    assert right("First 4 + 15 = 16. So it is 28.")     # a wrong step beside it is not read
+    assert not right("So it is 27.") and not right("So it is 28.", ended=False)
+    assert not right("So it is 27. So it is 28.") and not right("First 19 + 9 = 28.")
+
+
+def test_an_answer_is_begun_and_goes_on(monkeypatch):
+    seen = []
+
+    def sample(model, tokenizer, prompts, **settings):
+        seen.extend(tokenizer.decode(prompt) for prompt in prompts)
+        marks = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
+        return SimpleNamespace(texts=["28.", "28."], answer=marks, ended=torch.tensor([True, False]))
+    monkeypatch.setattr(aloud, "sample", sample)
+    answers = aloud.answer(None, TOKENIZER, [row_of(4, 15, 9)] * 2, ["So it is", ""], aloud.Config())
+    assert seen[0].endswith("<|im_start|>assistant\nSo it is")
+    assert seen[1].endswith("<|im_start|>assistant\n")
+    assert [one.text for one in answers] == ["So it is 28.", "28."]
+    begun = len(TOKENIZER.encode_ordinary("So it is"))
+    assert [one.tokens for one in answers] == [begun + 3, 1]
+    assert [one.ended for one in answers] == [True, False]
+
+
+def test_who_follows_and_who_resists(monkeypatch):
+    """A parrot of the chain ends in what follows from it; one who knows ends in the truth."""
+    def answers(model, tokenizer, sums, beginnings, config):
+        texts = []
+        for row, words in zip(sums, beginnings):
+            first, second, third = row["slots"]["numbers"]
+            total = first + second
+            if model == "parrot" and "=" in words:
+                total = int(words.split(" = ")[1].rstrip("."))
+            texts.append(aloud.Answer(f"So it is {total + third}.", True, 4))
+        return texts
+    monkeypatch.setattr(aloud, "answer", answers)
+    config = aloud.Config(quiet=True)
+    for model, follows in ("parrot", True), ("knows", False):
+        flags, tokens = aloud.compare(model, None, [row_of(4, 15, 9)], Random(0), config)
+        assert flags["at_once"] == flags["aloud"] == [True] and tokens["free"] == 4
+        assert flags["follows"] == [follows] and flags["resists"] == [not follows]
+
+
 # ---------------------------------------------------------------- each runs
 
 def run(module, **changes):
@@ -547,6 +644,10 @@ def run(module, **changes):
     picture = module.picture([numbers, numbers])
     assert picture.startswith("<svg") and "nan" not in picture.split("</style>")[1]
     assert json.loads(json.dumps(numbers)) == numbers or "NaN" in json.dumps(numbers)
+
+
+def test_aloud_runs(folder):
+    run(aloud, models=folder, max_new=8)
 
 
 def test_search_runs(folder, tmp_path):
@@ -578,6 +679,6 @@ def test_grounded_runs(folder, tmp_path):
 def test_the_page_shows_figures_and_programs_that_there_are():
     page = (HERE / "7_thinking.md").read_text(encoding="utf-8")
     assert len(page.splitlines()) <= 120
-    for name in ["search", "verify", "grounded", "tools"]:
+    for name in ["aloud", "search", "verify", "grounded", "tools"]:
         assert f"python -m lessons.{name}" in page
     assert 5 <= page.count("<details>") <= 8

@@ -11,22 +11,24 @@ conversation as a message of role `tool`; then the assistant goes on:
     assistant   The answer is 933.
 
 Between the arrows stands the Model Context Protocol, the real one (lessons/mcp.py). So its server
-serves any client, and any server can be plugged in here:
+serves any client, and any server whose tools are called calculator and lookup can be plugged in
+here; of other names the model has never heard:
 
     python -m lessons.tools                               two minutes: out/sft learns to use tools
     python -m lessons.tools --serve                       the server alone, for your own client
-    python -m lessons.tools --server "python server.py"   another server, with tools of these names
+    python -m lessons.tools --server "python server.py"   another server with these two
 
-Three ways to be better at it, in this order: as it comes from SFT; SFT once more, on those of its
-own conversations that worked; GRPO, where a conversation that worked earns 1, less a price for each
-call, so that it asks no tool for the capital of Spain. Only the assistant's tokens have a loss:
-what the tool said is nobody's choice.
+It starts as it comes from SFT, and becomes better in two ways, one after the other: SFT once more,
+on those of its own conversations that worked without a needless call; then GRPO, where a
+conversation that worked earns 1, less a price for each call, so that it asks no tool for the
+capital of Spain. Only the assistant's tokens have a loss: what the tool said is nobody's choice.
 
 Then the tools go bad: they fail, they lie, or they carry an order. A model that trusts its tools
 trusts whoever writes into them (Greshake et al. 2023, 2302.12173).
 
 Simplified: one call a turn. What is sampled is read as tokens again for the loss, and a word that
-could be spelled by other tokens then is. Try next: --price 0; --price 0.5.
+could be spelled by other tokens is scored by those tokens, not by the ones drawn.
+Try next: --price 0; --price 0.5.
 """
 import contextlib
 import re

@@ -1,8 +1,9 @@
 """Can a model tell when it is wrong? Three ways to ask it, and what each costs in tokens.
 
 What a model knows it says again if asked again; what it makes up comes out differently each time.
-So agreement is a lie detector that needs no truth (Manakul et al. 2023, 2303.08896). A claim c that
-stands in the likeliest answer is also looked for in K sampled ones, y_1 .. y_K:
+So agreement finds what is made up, and needs no truth (Manakul et al. 2023, 2303.08896). It is no
+lie detector: who lies knows better, and can say the same lie each time. A claim c that stands in
+the likeliest answer is also looked for in K sampled ones, y_1 .. y_K:
 
     agreement(c) = 1/K sum_k [c stands in y_k]
 
@@ -194,7 +195,7 @@ def picture(runs):
         x = round(figures.mean([run["ways"][name]["tokens"] for run in runs]))
         y, low, high = figures.spread([run["ways"][name]["false"] for run in runs])
         points.append(Line(name, [x], [y], [low], [high]))
-    return chart([Panel("Agreement as a lie detector", "share of the claims, most agreed first",
+    return chart([Panel("What is made up does not agree", "share of the claims, most agreed first",
                         "how many of them are true", curves),
                   Panel("What a check costs, and what it finds", "tokens a question (log scale)",
                         "answers with a false claim", points, scale="log")])
