@@ -2,7 +2,7 @@
 
     python -m lessons.annotate              a page for your browser; keys 1 2 0 u q
     python reward_model.py --data out/annotate/preferences.jsonl --out out/mine      learn from it
-    python -m lessons.annotate --curve      how many pairs does a judge need? [?] minutes
+    python -m lessons.annotate --curve      how many pairs does a judge need?
 
 The answers stand in random places, and some pairs come a second time, the other way round. When you
 stop, a report says how you voted:
@@ -118,14 +118,16 @@ def words_in(text):
 
 
 def annotators_kappa(votes, pairs, seed=0):
-    """How far two simulated annotators agree on these pairs, asked ten times each."""
+    """How far two simulated annotators agree, by left and right as you see the pairs, asked ten
+    times each."""
     rng = Random(seed)
     first, second = [], []
     for vote in votes:
         pair = pairs[vote.pair]
         if exam.knows([pair.row]):
             for said in [first, second] * 10:
-                said.append(studybuddy.prefers(rng, pair.row, pair.chosen, pair.rejected))
+                prefers = studybuddy.prefers(rng, pair.row, pair.chosen, pair.rejected)
+                said.append(prefers != vote.flipped)            # True: the left one
     return kappa(first, second)
 
 

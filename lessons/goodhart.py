@@ -16,11 +16,12 @@ KL from where it began (Gao et al. 2023, 2210.10760). Three cures, none of which
     repeated   in more answers than luck explains, three words in a row come twice
     openings   the five commonest beginnings begin more answers than luck explains
 
-By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A share of 64 prompts moves by luck, one
-deviation, by 0.5 / sqrt(64) = 0.06 at most. An alarm wants five of them.
+By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A tenth of the run answers 8 x 16 = 128
+prompts, so a share moves by luck, one deviation, by 0.5 / sqrt(128) = 0.044 at most. An alarm wants
+five of them. (Gold here is of answers to these prompts at temperature 1, and not the exam's.)
 
-    python -m lessons.goodhart      five minutes: five prices, and three judges at the price 0;
-                                    two minutes more where the two extra judges have to be made
+    python -m lessons.goodhart      seven minutes: five prices, and three judges at the price 0;
+                                    three more where the two extra judges have to be made
     python -m lessons.goodhart --betas "0.1 0" --judges 1      the leash of ppo.py, and none
 
 The picture puts judge and truth on one scale: `liked` is how often the judge would prefer an answer
@@ -29,6 +30,7 @@ to an average one of the start, sigma(score - score at the start).
 Simplified: RLOO in place of PPO, as it is faster and falls for the same things (--algorithm ppo).
 Try next: --steps 160; --lr 5e-4; --reward with another reward model, whose weak spots are others.
 """
+import itertools
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -290,7 +292,9 @@ def over_seeds(runs, name, key):
     all_kls = [kls for kls, values in paths]
     all_values = [values for kls, values in paths]
     mean_kls = figures.line(name, all_kls[0], all_kls).ys
-    return figures.line(name, mean_kls, all_values)
+    # as far as it has gone by then: small steps at the end lead a little back
+    farthest = list(itertools.accumulate(mean_kls, max))
+    return figures.line(name, farthest, all_values)
 
 
 def picture(runs):

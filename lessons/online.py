@@ -12,11 +12,11 @@ step, or in a few rounds, between which they grow stale. Offline, online, and wh
 
 The loss is dpo.py's, and so is the loop. What differs is where a batch comes from.
 
-    python -m lessons.online                 all three in five minutes: gold, and what it cost in KL
-    python -m lessons.online --rounds 3      two minutes: only so many rounds (110: one a step)
+    python -m lessons.online                 all three: gold, and what it cost in KL; five minutes
+    python -m lessons.online --rounds 3      only so many rounds (110: one a step)
 
-What to see: online, gold rises further than offline, and so does flattery: the reward model has
-learned from annotators who like it, and the policy now asks that judge instead of a file.
+What to see: gold, and flattery beside it. The reward model has learned from annotators who like
+compliments, and the policy now asks that judge instead of a file.
 Simplified: the reference stays where it began (iterative DPO and SPPO move it).
 Try next: --judge with a judge that likes flattery, and read the answers.
 """

@@ -14,7 +14,7 @@ solutions by the same loss, the mean over all places « where they are read:
 Labels for steps cost more than labels for results. Are they worth it? The table says whether the
 first wrong step is found, and which of 8 sampled solutions each judge picks.
 
-    python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, [?] minutes
+    python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, two minutes
 
 Simplified: labels of steps are the world's own, not people's. Who samples until a judge is pleased
 must not ask it as often as he likes: the best of 1,000 finds its blind spots (lessons.goodhart).

@@ -14,7 +14,8 @@ By hand: of four answers to a prompt one is right, R = 1 0 0 0, in a batch whose
 right one has A = 0.5 for reinforce, 1 for rloo, and (1 - 0.25) / 0.433 = 1.73 for grpo.
 
 The task is grpo.py's, sums that a verifier checks: no judge that one could fool. The maths is that
-of ppo.py and grpo.py; the loop is one for all, so that nothing else differs.
+of ppo.py and grpo.py, and the loop is one for all. What differs besides the advantage is what each
+file came with: its learning rate, its group, and ppo's two passes in small batches.
 
     python -m lessons.race                            four minutes: 100,000 tokens each
     python -m lessons.race --runs "rloo grpo" --tokens 200000

@@ -175,9 +175,9 @@ def helped(answers, card):
     for answer in answers:
         marks.append(marks_of(answer.row, answer.text)["helpful"])
     more = exam.card_of({"helped": marks})
-    return {"helped": more["helped"],
-            "intervals": card.get("intervals", {}) | more["intervals"],
-            "n": card.get("n", {}) | more["n"]}
+    for key in "intervals", "n":
+        more[key] = card.get(key, {}) | more[key]
+    return more
 
 
 def compare(config):

@@ -14,15 +14,15 @@ The margin stands where a reward model has r_chosen - r_rejected, and a liking f
 the bias is that liking. The report card is that of reward_model.py, to compare.
 
 A second judge says first what is wrong with the worse answer, then its letter (Ankner et al. 2024,
-2408.11791). It learns from annotators who said why, and a reason is more than a vote: who voted
-for the worse answer by mistake finds nothing wrong with the other one.
+2408.11791). It learns from annotators who said why, and a reason is more than a vote: whoever voted
+for the worse answer by mistake may find nothing wrong with the other one.
 
     Question: ... A: The red team wins. B: I don't know. ... Which is better?
     Nobody can know this, but it sounds sure. B
 
     L' = L - mean_t log pi(reason_t | question, reason_<t)       the letter is read after the reason
 
-    python -m lessons.talking_judge       data/preferences.jsonl -> out/talking_judge, [?] minutes
+    python -m lessons.talking_judge       data/preferences.jsonl -> out/talking_judge
 
 Simplified: the simulated annotators' reasons are always true, only their votes are noisy; and one
 reason is said, where Zhang et al. take a vote over many.
