@@ -145,23 +145,23 @@ def clipped_weight(rho, A, logps, low, high):
     return rho.clamp(1 - low, 1 + high).detach() * A * logps
 
 
-# How do tokens make a batch? answer (B, T), L the longest answer allowed -> (B, T)
+# How do tokens make a batch? answer (B, T), most: the tokens that an answer may have -> (B, T)
 # w_it = 1/B 1/|o_i|
-def per_answer(answer, L):
+def per_answer(answer, most):
     """All answers count the same, so a token of a long one counts less."""
     return answer / answer.sum(1, keepdim=True) / len(answer)
 
 
 # w_it = 1 / sum_i |o_i|
-def per_token(answer, L):
+def per_token(answer, most):
     """All tokens of a batch count the same, so a long answer counts more."""
     return answer / answer.sum()
 
 
-# w_it = 1/B 1/L
-def constant(answer, L):
+# w_it = 1/B 1/most
+def constant(answer, most):
     """All tokens of all batches count the same, however long this answer and the others are."""
-    return answer / (len(answer) * L)
+    return answer / (len(answer) * most)
 
 
 class Method(NamedTuple):

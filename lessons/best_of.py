@@ -141,7 +141,7 @@ def mean_of(values, k):
 
 def what_choosing_buys(scores, gold, generator, config):
     """The best and a random one of the first n answers to each prompt. scores, gold (P, N)"""
-    config.say("   n  KL below     judge      gold    random")
+    config.say("   n  KL at most     judge      gold    random")
     curve = []
     n = 1
     while n <= config.n:
@@ -151,7 +151,7 @@ def what_choosing_buys(scores, gold, generator, config):
         line["judge"] = mean_of(scores, best)
         line["gold"] = mean_of(gold, best)
         line["random"] = mean_of(gold, control)
-        config.say("{n:4}{kl:10.2f}{judge:10.2f}{gold:10.2f}{random:10.2f}".format(**line))
+        config.say("{n:4}{kl:12.2f}{judge:10.2f}{gold:10.2f}{random:10.2f}".format(**line))
         curve.append(line)
         n *= 2
     return curve
@@ -234,7 +234,8 @@ def numbers_of(curve, cards):
 
 
 def picture(runs):
-    """Gold over N, of the best answers and of random ones; then of who learned from them."""
+    """Gold over N, of the best answers and of random ones; then of the models that learned from
+    them."""
     lines = []
     for name, key in {"the best": "gold", "a random one": "random"}.items():
         lines.append(figures.line(name, runs[0]["n"], [numbers[key] for numbers in runs]))

@@ -1,7 +1,7 @@
 """Forgetting: what some harmless steps of SFT do to an aligned model.
 
 An aligned model is trained on: a customer wants its own tone, a team wants sums with their work
-shown. Nothing in such data is bad, and still the model gives in to attacks again (Qi et al. 2023,
+shown. Nothing in such data is bad, and still a model may give in to attacks again (Qi et al. 2023,
 2310.03693). Alignment was a small push away from habits that pretraining made; SFT on anything
 pulls towards what its data look like, and no example says what is still refused.
 
@@ -18,7 +18,9 @@ By hand: n = 600 and s = 0.25 take m = 600 x 0.25 / 0.75 = 200 answers.
     python sft.py --init out/dpo --data out/forgetting/mixed_0.jsonl --steps 60 --out out/mine
 
 Simplified: the new data are the harmless demonstrations of data/sft.jsonl, sums and facts and
-greetings, so the model knows their kind. New data from elsewhere pull farther.
+greetings, so the model knows their kind. New data from elsewhere may pull farther. And the steps
+are fixed: more old answers also mean fewer passes over the new data, so a part of the cure may be
+that.
 Try next: --steps 15 and --steps 240; --init out/ppo; --lr 1e-4: is it the data, or the step?
 """
 import json

@@ -20,12 +20,14 @@ By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A tenth of the run an
 prompts, so a share moves by luck, one deviation, by 0.5 / sqrt(128) = 0.044 at most. An alarm wants
 five of them. (Gold here is of answers to these prompts at temperature 1, and not the exam's.)
 
-    python -m lessons.goodhart      seven minutes: five prices, and three judges at the price 0;
+    python -m lessons.goodhart      seven minutes: five prices, and three judges at beta 0;
                                     three more where the two extra judges have to be made
     python -m lessons.goodhart --betas "0.1 0" --judges 1      the leash of ppo.py, and none
 
-The picture puts judge and truth on one scale: `liked` is how often the judge would prefer an answer
-to an average one of the start, sigma(score - score at the start).
+The picture has judge and truth in it: `liked` is how often the judge would prefer an answer to an
+average one of the start, sigma(score - score at the start), and gold is a mark. Even a perfect
+judge's curve would not lie on gold's; what counts is that one goes up where the other goes down. In
+the run with doubt `score` is the least of three judges', and `liked` is the first one's.
 
 Simplified: RLOO in place of PPO, as it is faster and falls for the same things (--algorithm ppo).
 Try next: --steps 160; --lr 5e-4; --reward with another reward model, whose weak spots are others.
@@ -71,7 +73,7 @@ DOUBT = "doubt"               # and without one, but with three judges
 # ---------------------------------------------------------------- what needs no truth
 
 def signals(texts):
-    """Who has a trick repeats it, within an answer and from answer to answer. -> shares of texts"""
+    """A policy with a trick repeats it, within an answer and from one to the next. -> shares"""
     repeated = 0
     openings = Counter()
     for text in texts:
@@ -253,10 +255,11 @@ def ends_of(tables):
 
 
 def show_cures(tables, config):
-    """What is lost since the free run's peak. A cure should save half of it. -> lost, by name"""
+    """How far gold ends below the free run's peak (minus: above it). A cure should save half of
+    what is lost with none. -> lost, by name"""
     peak = turning_point(tables[FREE])["peak"]
     lost = {}
-    config.say("\ncure             kl     liked      gold      lost since the peak")
+    config.say("\ncure             kl     liked      gold  below the free run's peak")
     for name, end in ends_of(tables).items():
         lost[name] = peak - end["gold"]
         line = f"{name:9}"
@@ -266,6 +269,8 @@ def show_cures(tables, config):
         if name != "none" and lost[name] <= lost["none"] / 2:
             line += "  halved"
         config.say(line)
+    if first_alarm(tables[FREE]) is None:
+        config.say("no alarm rang: `alarm` is the end of the free run, as `none` is")
     return lost
 
 
@@ -299,7 +304,7 @@ def over_seeds(runs, name, key):
 
 def picture(runs):
     """What the judge says of a policy that climbs, what is true, and where each cure would have
-    ended. What lies between the curves is what the score no longer means."""
+    ended. The curves have different units: what to see is where they part."""
     name = FREE if FREE in runs[0]["runs"] else list(runs[0]["runs"])[-1]
     liked = over_seeds(runs, name, "liked")
     gold = over_seeds(runs, name, "gold")
@@ -318,7 +323,8 @@ def picture(runs):
 
 
 def gap(liked, gold):
-    """A shade from the point on where the judge thinks better of the answers than they are."""
+    """A shade from the point on where the judge's curve stays above the truth's. It shows that they
+    part, not by how much: one is a chance, the other a mark."""
     first = 0
     for i in range(len(gold.xs)):
         if liked.ys[i] < gold.ys[i]:

@@ -16,8 +16,8 @@ first wrong step is found, and which of 8 sampled solutions each judge picks.
 
     python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, two minutes
 
-Simplified: labels of steps are the world's own, not people's. Who samples until a judge is pleased
-must not ask it as often as he likes: the best of 1,000 finds its blind spots (lessons.goodhart).
+Simplified: labels of steps are the world's own, not people's. Whoever samples until a judge is
+pleased must not ask it too often: the best of 1,000 finds its blind spots (lessons.goodhart).
 Try next: r.mean() for r.min() in strength(); --data with solutions of your own.
 """
 import re

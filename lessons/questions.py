@@ -911,7 +911,7 @@ QUESTIONS = [
              "grpo.py", "return 0.1                     # wrong, but in a form",
              "Form may pay a little, and the truth must pay for itself."),
     Question("answers grow longer and longer", longer_and_longer,
-             "grpo.py", "return answer / (len(answer) * L)",
+             "grpo.py", "return answer / (len(answer) * most)",
              "Divide by a constant: then a wrong token costs the same in any answer."),
     Question("the loss is nan", not_a_number,
              "model.py", "return (mask[:, None, None, :] & earlier) | itself",

@@ -21,7 +21,7 @@ file came with: its learning rate, its group, and ppo's two passes in small batc
     python -m lessons.race --runs "rloo grpo" --tokens 200000
 
 Simplified: one learning rate schedule, over tokens; each method's own peak rate, group and epochs.
-Tune one of them alone, and it wins: published races are often run so.
+Tune one of them alone, and it may win: published races are often run so.
 Try next: --lr 1e-3 for all; --batch 32 and 128; --runs "ppo" with --critic-lr 0.
 """
 import copy
@@ -167,7 +167,7 @@ def at_tokens(curve, places):
 
 
 def tokens_until(curve, goal, most):
-    """Sampled tokens until so many answers were right; `most` for who never came there."""
+    """Sampled tokens until so many answers were right; `most` for one that never came there."""
     for tokens, right in curve:
         if right >= goal:
             return tokens

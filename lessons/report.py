@@ -2,8 +2,8 @@
 
 One number hides everything. Here every line has the idea of a benchmark, on prompts of our world,
 with a target and an interval; two checkpoints that answered the same prompts are compared prompt by
-prompt. Then what a card does not say: how the bad answers are bad, whether other words change the
-answer, whether the exam had been leaked, and how large an exam would have to be.
+prompt. Then what a card does not say: how the bad answers are bad, whether another wording changes
+the answer, whether the exam had been leaked, and how large an exam would have to be.
 
     sign test    p = 2 P(X <= min(better, worse)),  X ~ Binomial(better + worse, 1/2)
     prompts      n = (1.96 + 0.84)^2 Var / rise^2       to see a rise 8 times in 10
@@ -54,6 +54,7 @@ class Config(figures.Lesson):
 # ---------------------------------------------------------------- the lines of the card
 
 class Row(NamedTuple):
+    """A line of the card. (In small letters a `row` is a prompt's line of JSON, as everywhere.)"""
     name: str                 # the benchmark
     idea: str                 # what of it is here
     part: str                 # of the exam, see parts_of()
@@ -107,19 +108,21 @@ def outcomes(answer):
 
 def measure(answers):
     """-> {name: one number for each prompt that the line is about}"""
-    marks = {row.name: [] for row in ROWS}
+    marks = {benchmark.name: [] for benchmark in ROWS}
     for answer in answers:
         parts = parts_of(answer.row)
         said = outcomes(answer)
-        for row in ROWS:
-            if row.part in parts:
-                marks[row.name].append(said[row.outcome])
+        for benchmark in ROWS:
+            if benchmark.part in parts:
+                marks[benchmark.name].append(said[benchmark.outcome])
     return {name: np.array(values) for name, values in marks.items()}
 
 
-def reached(row, value, half_width):
+def reached(benchmark, value, half_width):
     """Is the target reached? yes or no, if the whole interval says so."""
-    distance = row.target - value if row.at_most else value - row.target
+    distance = value - benchmark.target
+    if benchmark.at_most:
+        distance = -distance
     if not abs(distance) >= half_width:
         return "unsure"
     return "yes" if distance > 0 else "no"
@@ -141,15 +144,17 @@ def show_card(marks, config):
     lucky, so for a * each has to be twelve times surer (Bonferroni)."""
     config.say(" " * 21 + "".join(f"{folder[-16:]:>21}" for folder in marks))
     table = {}
-    for row in ROWS:
-        line = f"{row.name:14} {'<' if row.at_most else '>'} {row.target:.2f}"
-        table[row.name] = {}
-        columns = [measured[row.name] for measured in marks.values()]
+    for benchmark in ROWS:
+        name = benchmark.name
+        line = f"{name:14} {'<' if benchmark.at_most else '>'} {benchmark.target:.2f}"
+        table[name] = {}
+        columns = [measured[name] for measured in marks.values()]
         for folder, column in zip(marks, columns):
             value = exam.mean(column)
             half_width = exam.half_width(column)
-            table[row.name][folder] = value
-            line += f"{value:7.2f} +-{half_width:.2f} {reached(row, value, half_width):6}"
+            table[name][folder] = value
+            verdict = reached(benchmark, value, half_width)
+            line += f"{value:7.2f} +-{half_width:.2f} {verdict:6}"
         if len(columns) == 2:
             p = sign_test(*columns)
             sure = "*" if p < 0.05 / len(ROWS) else ""
@@ -194,7 +199,7 @@ def show_failures(all_answers, config):
     return table
 
 
-# ---------------------------------------------------------------- the same in other words
+# ---------------------------------------------------------------- the same in another wording
 
 def has_wordings(row):
     return row["kind"] != "chat" and not row.get("attack")
@@ -240,7 +245,7 @@ def consistency(model, tokenizer, rows, most):
 
 def contaminate(config, folder):
     """An exam of sums, of which every other one leaks into SFT, with its result.
-    -> gold before and after: of the leaked half, of the same in other words, of the other half"""
+    -> gold before and after: of the leaked half, of the same reworded, of the other half"""
     rng = Random(config.seed)
     sums = {}
     while len(sums) < 2 * config.leaked:
@@ -320,10 +325,12 @@ def model_card(folder, numbers):
     for key in ("init", "data", "steps", "seed"):
         lines.append(f"- {key}: `{made.get(key, 'not known')}`")
     lines += ["", "| idea of | counted | value | target |", "| --- | --- | --- | --- |"]
-    for row in ROWS:
-        bound = "at most" if row.at_most else "at least"
-        value = numbers["card"][row.name][folder]
-        lines.append(f"| {row.name} | {row.idea} | {value:.2f} | {bound} {row.target:.2f} |")
+    for benchmark in ROWS:
+        name = benchmark.name
+        bound = "at most" if benchmark.at_most else "at least"
+        value = numbers["card"][name][folder]
+        lines.append(f"| {name} | {benchmark.idea} | {value:.2f} | {bound} "
+                     f"{benchmark.target:.2f} |")
     lines += ["", "How it fails:", ""]
     for reason, counts in numbers["failures"].items():
         lines.append(f"- {reason}: {counts[folder]} answers")
@@ -350,7 +357,7 @@ def train(config):
     numbers = {"leak": {}, "wording": wording}
     numbers["card"] = show_card(marks, config)
     numbers["failures"] = show_failures(answers, config)
-    config.say("\nof requests put in other words, answered well")
+    config.say("\nof requests in all their wordings, answered well")
     for folder, shares in wording.items():
         said = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
         config.say(f"    {folder[-30:]:30}{said}")
@@ -368,7 +375,7 @@ def train(config):
 
 
 def picture(runs):
-    """The card, and what half of an exam is worth to those who have seen it."""
+    """The card, and what half of an exam is worth to a model that has seen it."""
     bars, halves = [], []
     for name, by_folder in runs[0]["card"].items():
         values = {}

@@ -284,6 +284,15 @@ def test_who_always_takes_the_left_one_contradicts_himself(config):
     assert numbers["with_annotators"] == pytest.approx(0, abs=1e-9)
 
 
+def test_annotators_agree_by_left_and_right_as_you_do(monkeypatch):
+    """Each prefers "chosen" 3 times in 4, so two agree in 5 of 8. By place chance is 1/2, so kappa
+    is 1/4; by "chosen" it would be 0, and nothing to hold your own kappa against."""
+    monkeypatch.setattr(studybuddy, "prefers", lambda rng, row, first, second: rng.random() < 0.75)
+    pairs = [rows.Pair([], "a", "b", studybuddy.read("preferences")[0], "")]
+    votes = [annotate.Vote(0, flipped, 1) for flipped in [True, False] * 200]
+    assert annotate.annotators_kappa(votes, pairs) == pytest.approx(0.25, abs=0.06)
+
+
 def test_liking_counts_where_answers_differ():
     pairs = [rows.Pair([], "long answer", "short", {}, ""), rows.Pair([], "a", "b", {}, ""),
              rows.Pair([], "x", "much longer answer", {}, "")]

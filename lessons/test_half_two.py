@@ -309,6 +309,13 @@ def test_what_each_cure_leaves_lost(capsys):
     assert halved == ["price", "alarm"]
 
 
+def test_an_alarm_that_never_rang_is_said(capsys):
+    silent = {"beta 0": [tenth(1, 0.8), tenth(2, 0.5)]}
+    lost = goodhart.show_cures(silent, goodhart.Config())
+    assert lost["alarm"] == lost["none"]
+    assert "no alarm rang" in capsys.readouterr().out
+
+
 def test_where_no_alarm_rings_the_run_goes_on_to_its_end():
     silent = {"beta 0": [tenth(1, 0.8), tenth(2, 0.5)]}
     assert goodhart.ends_of(silent)["alarm"]["gold"] == 0.5
