@@ -2,8 +2,8 @@
 
 An aligned model is trained on: a customer wants its own tone, a team wants sums with their work
 shown. Nothing in such data is bad, and still a model may give in to attacks again (Qi et al. 2023,
-2310.03693). Alignment was a small push away from habits that pretraining made; SFT on anything
-pulls towards what its data look like, and no example says what is still refused.
+2310.03693), or lose something else. Alignment was a small push away from older habits; SFT on
+anything pulls towards what its data look like, and no example says what shall stay.
 
 The cure is as old as the disease (Robins 1995, rehearsal): let the aligned model answer prompts,
 attacks among them, before anything is lost, and mix some of these answers into the new data. For
