@@ -3,6 +3,7 @@ On tiny models, in seconds:  python -m pytest -q lessons/test_half_one.py"""
 import http.client
 import json
 import math
+import re
 import threading
 from pathlib import Path
 from random import Random
@@ -479,3 +480,18 @@ def test_judges_of_steps_draw(init, tmp_path):
                                    quiet=True)
     numbers = process_reward.train(config)["numbers"]
     assert process_reward.picture([numbers]).startswith("<svg")
+
+
+def test_the_pages_tell_what_the_results_hold():
+    """A page may have numbers whose program has not been run; those that were run are true."""
+    for page in figures.pages():
+        _, wrong = figures.checked(page.read_text(encoding="utf-8"))
+        stale = [complaint for _, complaint in wrong if "no such number" not in complaint]
+        assert stale == [], f"{page.name}: python -m lessons.figures --fill"
+
+
+def test_every_picture_of_a_page_is_there_or_its_results_are_missing():
+    for page in figures.pages():
+        for name in re.findall(r"\(figures/(\w+)\.svg\)", page.read_text(encoding="utf-8")):
+            made = (figures.HERE / "results" / f"{name}.json").exists()
+            assert made == (figures.HERE / "figures" / f"{name}.svg").exists(), name
