@@ -267,7 +267,7 @@ def score_by(reward_model, tokenizer):
 
 def load_reward_model(config, tokenizer):
     """It has to read what the policy writes, and to give one number for it."""
-    need(config.reward, "python reward_model.py", 80)
+    need(config.reward, "python reward_model.py", 50)
     reward_model, its_tokenizer = load_scalar(config.reward, config.device)
     if its_tokenizer._mergeable_ranks != tokenizer._mergeable_ranks:
         raise UserError(f"--reward {config.reward}: want the vocabulary of --init {config.init}")

@@ -179,7 +179,7 @@ def train(config, score=None):
     prompts, texts, ended = ask(model, tokenizer, config, config.n, generator)
     # 2 score: an answer that never ends is never the best
     if score is None:
-        need(config.judge, "python reward_model.py", 80)
+        need(config.judge, "python reward_model.py", 50)
         judge, judge_tokenizer = load_scalar(config.judge, config.device)
         scores = reward(judge, judge_tokenizer, prompts, texts)
     else:

@@ -56,7 +56,7 @@ class Config(figures.Lesson):
 
 def load_judge(config):
     """SEAM: score(prompts, texts) -> a number for each answer. Yours: train(config, score)."""
-    need(config.judge, "python reward_model.py", 80)
+    need(config.judge, "python reward_model.py", 50)
     judge, tokenizer = load_scalar(config.judge, config.device)
 
     def score(prompts, texts):

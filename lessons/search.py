@@ -281,7 +281,7 @@ def compare(folder, judges, sums, config):
 
 def train(config):
     begin(config)
-    need(config.judge, "python reward_model.py", 80)
+    need(config.judge, "python reward_model.py", 50)
     process = config.process
     if process == Config.process and not Path(process, "config.json").exists():
         settings = process_reward.Config()

@@ -171,7 +171,7 @@ def train(config):
         return {"numbers": numbers}
 
     need("out/sft", "python sft.py", 20)
-    need("out/reward_model", "python reward_model.py", 80)
+    need("out/reward_model", "python reward_model.py", 50)
     config.say("\nscript            a step  training    rest: seconds of a default run")
     for name, script in SCRIPTS.items():
         times = time_script(script, config)
