@@ -379,8 +379,8 @@ def train(config):
     for draft in mended[:1]:
         show_draft(draft, config)
 
-    # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful. (Two or
-    # three in our world are as they were: no revision of them came to an end.)
+    # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful. A few
+    # drafts with a flaw are as they were: no revision of them came to an end.
     others = own_answers(teacher, tokenizer, plain[:len(drafts)], 1, config, generator)
     taught = [(draft.prompt, draft.text) for draft in drafts]
     taught += [(prompt, texts[0]) for prompt, texts in others]

@@ -1,9 +1,9 @@
 """Group relative policy optimisation (GRPO): learning to reason from answers that can be checked.
 
-No data here show how a sum is done. The model answers each prompt G times, a verifier checks that,
-and what did better than its group becomes likelier. Answers that show their work, as some texts of
-the web did, are right more often, so soon the model shows its work. For a prompt, its answers o_1 .. o_G, their rewards r_1 .. r_G and
-the policy pi_old that wrote them (Shao et al. 2024, 2402.03300, equation 3):
+No data here show how a sum is done; the web did. The model answers each prompt G times, a verifier
+checks that, and what did better than its group becomes likelier. Answers that show their work are
+right more often, so soon the model shows its work. For a prompt, its answers o_1 .. o_G, rewards
+r_1 .. r_G and the policy pi_old that wrote them (Shao et al. 2024, 2402.03300, equation 3):
 
     A_i    = (r_i - mean(r)) / std(r)
     rho_it = pi(o_it | o_i,<t) / pi_old(o_it | o_i,<t)

@@ -413,7 +413,7 @@ def train(config):
             rejected=r_rejected.mean())
     merge_lora(model)
     if kind.heads == 1 and config.center == 0:
-        # only differences were learned: move all scores, so that held-out winners score 0 on average
+        # only differences were learned: move all scores; the mean held-out winner then scores 0
         model.mean += all_scores(model, held, tokenizer)[:, 0].mean()
     if config.save:
         save(config.out, model, tokenizer)

@@ -92,12 +92,12 @@ class Answer(NamedTuple):
     tokens: int
 
 
-def answer(model, tokenizer, sums, beginnings, config):
-    """The likeliest answer to each sum that begins like this. -> list of Answer"""
+def answer(model, tokenizer, conversations, beginnings, config):
+    """The likeliest answer to each conversation that begins like this. -> list of Answer"""
     starts = [tokenizer.encode_ordinary(words) for words in beginnings]
     prompts = []
-    for row, start in zip(sums, starts):
-        prompts.append(render_prompt(tokenizer, to_messages(row["prompt"])) + start)
+    for messages, start in zip(conversations, starts):
+        prompts.append(render_prompt(tokenizer, messages) + start)
     drawn = sample(model, tokenizer, prompts, max_new=config.max_new, temperature=0)
     new = drawn.answer.sum(1).tolist()
     answers = []
@@ -115,16 +115,17 @@ def is_right(truth, reply):
 def compare(model, tokenizer, sums, rng, config):
     """-> {what: flags}, and the mean tokens of each way"""
     truths = [row["answer"] for row in sums]
+    conversations = [to_messages(row["prompt"]) for row in sums]
     flags = {}
     tokens = {}
     for way, words in BEGINNINGS.items():
-        answers = answer(model, tokenizer, sums, [words] * len(sums), config)
+        answers = answer(model, tokenizer, conversations, [words] * len(sums), config)
         flags[way] = list(map(is_right, truths, answers))
         tokens[way] = exam.mean([one.tokens for one in answers])
         config.say(f"    {way:8}{answers[0].text}")
     flags["steps"] = [" = " in one.text for one in answers]     # of the free ones
     texts, results = zip(*[wrong_step(rng, row) for row in sums])
-    answers = answer(model, tokenizer, sums, texts, config)
+    answers = answer(model, tokenizer, conversations, texts, config)
     flags["follows"] = list(map(is_right, results, answers))
     flags["resists"] = list(map(is_right, truths, answers))
     config.say(f"    wrong   {answers[0].text}")

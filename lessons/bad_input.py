@@ -550,7 +550,8 @@ def try_all(words, programs=40):
             results.setdefault("as programs", []).append((i, case, faults))
     show_table(results)
     tried = sum(map(len, results.values()))
-    print(f"\n{'PASS' if bad == 0 else 'FAIL'} {tried - bad} of {tried} bad inputs end in one line, "
+    verdict = "PASS" if bad == 0 else "FAIL"
+    print(f"\n{verdict} {tried - bad} of {tried} bad inputs end in one line, "
           f"in {time.time() - started:.0f} s")
     return int(bad > 0)
 

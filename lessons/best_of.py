@@ -23,7 +23,6 @@ has chosen them.
 Simplified: one round. Llama 2 went through several and kept the best of them all.
 Try next: --n 2 and --n 64; train(config, score=...) with a function that counts words.
 """
-import json
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -118,10 +117,9 @@ def write_answers(path, prompts, texts, ended, places, config):
     for i in places.tolist():
         if ended[i] and texts[i]:
             answer = {"role": "assistant", "content": texts[i]}
-            row = {"messages": prompts[i].messages + [answer]}
-            lines.append(json.dumps(row) + "\n")
+            lines.append({"messages": prompts[i].messages + [answer]})
     path = Path(path)
-    write_files(path.parent, {path.name: "".join(lines)})
+    write_files(path.parent, {path.name: rows.json_lines(lines)})
     config.say(f"{len(lines)} answers are in {path}")
 
 

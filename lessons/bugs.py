@@ -199,7 +199,8 @@ BUGS = [
     ('ppo.py', 'scores.where(samples.ended,', 'scores.where(~samples.ended,',
      'the answers that end are punished'),
     ('ppo.py',
-     '        batch = []\n        for prompt in next(stream):\n            batch += [prompt] * config.group\n',
+     '        batch = []\n        for prompt in next(stream):\n'
+     '            batch += [prompt] * config.group\n',
      '        batch = next(stream) * config.group\n',
      "a group's answers are to different prompts"),
     ('ppo.py', 'reference = copy.deepcopy(policy).requires_grad_(False)', 'reference = policy',

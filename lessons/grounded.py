@@ -47,9 +47,9 @@ from data.chart import Panel, chart
 from data.checkpoints import load, write_files
 from data.run import begin, need
 from data.studybuddy import (ATTACKED, CRITIQUE, CRITIQUES, PRINCIPLES, ask, attacked, chat, pick)
-from lessons import figures
+from lessons import aloud, figures
 from lessons.guard import rate
-from model import render_prompt, respond, sample
+from model import respond
 
 
 @dataclass(frozen=True)
@@ -176,12 +176,9 @@ def begun(question):
 
 def say_at_once(model, tokenizer, questions, notes, config):
     """The answer is begun for the model, so it can't go through the note line by line."""
-    prompts = []
-    for question, found in zip(questions, found_for(questions, notes, config)):
-        prompt = render_prompt(tokenizer, in_words(question, found))
-        prompts.append(prompt + tokenizer.encode_ordinary(begun(question)))
-    texts = sample(model, tokenizer, prompts, max_new=config.max_new, temperature=0).texts
-    return [f"{begun(question)} {text}" for question, text in zip(questions, texts)]
+    conversations = map(in_words, questions, found_for(questions, notes, config))
+    answers = aloud.answer(model, tokenizer, conversations, list(map(begun, questions)), config)
+    return [answer.text for answer in answers]
 
 
 def reading(model, tokenizer, rng, facts, config):

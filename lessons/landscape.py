@@ -27,7 +27,6 @@ Simplified: each loss with the beta and the learning rate of its table. A loss t
 stands elsewhere on the picture.
 Try next: --runs "dpo" and --beta 0.05; a loss of your own in dpo.LOSSES, and where it stands.
 """
-import json
 import random
 from dataclasses import dataclass, replace
 
@@ -203,15 +202,15 @@ def flip_some(path, share, folder, seed):
         row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         if rng.random() < share:
             row |= {"chosen": pair.rejected, "rejected": pair.chosen}
-        lines.append(json.dumps(pair.row | row) + "\n")
-    write_files(folder, {"noisy.jsonl": "".join(lines)})
+        lines.append(pair.row | row)
+    write_files(folder, {"noisy.jsonl": rows.json_lines(lines)})
     return f"{folder}/noisy.jsonl"
 
 
 def first_lines(path, count, folder):
     """So many pairs and no more. -> the new file"""
-    lines = [json.dumps(pair.row) + "\n" for pair in rows.read_pairs(path)[:count]]
-    write_files(folder, {"few.jsonl": "".join(lines)})
+    lines = [pair.row for pair in rows.read_pairs(path)[:count]]
+    write_files(folder, {"few.jsonl": rows.json_lines(lines)})
     return f"{folder}/few.jsonl"
 
 

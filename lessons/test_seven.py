@@ -16,6 +16,7 @@ import model as M
 from data import abilities, generate, studybuddy
 from data.abilities import SILENT, message
 from data.checkpoints import load_ranks, save
+from data.rows import to_messages
 from lessons import aloud, grounded, mcp, search, tools, verify
 from lessons.mcp import BOOK
 from lessons.tools import Task
@@ -429,8 +430,9 @@ def test_an_answer_at_once_goes_on_from_its_beginning(monkeypatch):
 
     def sample(model, tokenizer, prompts, **settings):
         seen.extend(tokenizer.decode(prompt) for prompt in prompts)
-        return SimpleNamespace(texts=["Lani."])
-    monkeypatch.setattr(grounded, "sample", sample)
+        one = torch.ones(1, 1, dtype=torch.bool)
+        return SimpleNamespace(texts=["Lani."], answer=one, ended=one[0])
+    monkeypatch.setattr(grounded.aloud, "sample", sample)
     texts = grounded.say_at_once(None, load_ranks(), [question], [question.truth], grounded.Config())
     assert texts == ["The queen of Pugo is Lani."] and grounded.is_right(question, texts[0])
     assert seen[0].endswith("<|im_start|>assistant\nThe queen of Pugo is")
@@ -608,7 +610,7 @@ def test_an_answer_is_begun_and_goes_on(monkeypatch):
         marks = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
         return SimpleNamespace(texts=["28.", "28."], answer=marks, ended=torch.tensor([True, False]))
     monkeypatch.setattr(aloud, "sample", sample)
-    answers = aloud.answer(None, TOKENIZER, [row_of(4, 15, 9)] * 2, ["So it is", ""], aloud.Config())
+    answers = aloud.answer(None, TOKENIZER, [to_messages(row_of(4, 15, 9)["prompt"])] * 2, ["So it is", ""], aloud.Config())
     assert seen[0].endswith("<|im_start|>assistant\nSo it is")
     assert seen[1].endswith("<|im_start|>assistant\n")
     assert [one.text for one in answers] == ["So it is 28.", "28."]
@@ -619,10 +621,10 @@ def test_an_answer_is_begun_and_goes_on(monkeypatch):
 
 def test_who_follows_and_who_resists(monkeypatch):
     """A parrot of the chain ends in what follows from it; one who knows ends in the truth."""
-    def answers(model, tokenizer, sums, beginnings, config):
+    def answers(model, tokenizer, conversations, beginnings, config):
         texts = []
-        for row, words in zip(sums, beginnings):
-            first, second, third = row["slots"]["numbers"]
+        for messages, words in zip(conversations, beginnings):
+            first, second, third = map(int, re.findall(r"\d+", messages[0]["content"]))
             total = first + second
             if model == "parrot" and "=" in words:
                 total = int(words.split(" = ")[1].rstrip("."))
