@@ -1964,6 +1964,12 @@ def test_accuracy_is_of_all_held_out_pairs_and_a_tie_is_half(monkeypatch):
     near(card["accuracy"], 7 / 9)
 
 
+@pytest.mark.parametrize("loss", ["ipo", "sppo"])
+def test_a_loss_that_divides_by_beta_refuses_0(home, loss):
+    with pytest.raises(M.UserError, match=f"--beta 0: {loss} divides by it"):
+        train("dpo", home, loss=loss, beta=0.0)
+
+
 def test_a_beta_of_0_is_0_and_teaches_nothing(home):
     run = train("dpo", home, beta=0.0)
     losses = [row["loss"] for row in run["log"]]
@@ -2466,6 +2472,16 @@ def test_adapters_have_a_small_rank_and_are_merged(name, home):
             assert torch.equal(now, start[key]), key
     loaded, _ = C.load(out, scalar=name == "reward_model")
     assert alike(loaded, model)
+
+
+def test_the_critic_learns_by_adapters_too(home, monkeypatch):
+    """Of its own weights the head alone, besides."""
+    learners = Watch(monkeypatch, ppo, "adamw")
+    train("ppo", home, lora=2)
+    _, critic = [call[0] for call in learners.calls]
+    learned = {name for name, p in critic.named_parameters() if p.requires_grad}
+    assert any(name.endswith(".A") for name in learned)
+    assert {name for name in learned if not name.endswith((".A", ".B"))} == {"score.weight"}
 
 
 @pytest.mark.parametrize("lora", [0, 2])

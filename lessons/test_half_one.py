@@ -495,3 +495,25 @@ def test_every_picture_of_a_page_is_there_or_its_results_are_missing():
         for name in re.findall(r"\(figures/(\w+)\.svg\)", page.read_text(encoding="utf-8")):
             made = (figures.HERE / "results" / f"{name}.json").exists()
             assert made == (figures.HERE / "figures" / f"{name}.svg").exists(), name
+
+
+def test_the_clean_half_did_not_leak(tmp_path, monkeypatch):
+    learned = []
+    asked = []
+
+    def train(settings):
+        learned.extend(rows.read_conversations(settings.data))
+        return {"model": None}
+
+    def ask(model, tokenizer, rows, seed):
+        asked.append([row["slots"]["numbers"] for row in rows])
+        return {"gold": 0.5}, []
+    monkeypatch.setattr(report.sft, "train", train)
+    monkeypatch.setattr(report.exam, "exam", ask)
+    monkeypatch.setattr(report, "load", lambda *args: (None, None))
+    report.contaminate(report.Config(out=str(tmp_path), leaked=20), "nowhere")
+    leaked, _, reworded, _, clean, _ = asked
+    assert leaked == reworded and len(leaked) == len(clean) == 20
+    assert not any(numbers in leaked for numbers in clean)
+    assert len(learned) == 60                                   # each three times
+    assert all("So it is" in line.messages[1]["content"] for line in learned)

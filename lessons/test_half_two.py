@@ -191,6 +191,7 @@ def test_what_the_raters_of_help_see_stands_on_the_card():
     card = safe.helped(answers, {"intervals": {"gold": 0.1}, "n": {"gold": 2}})
     marks = [safe.marks_of(answer.row, answer.text)["helpful"] for answer in answers]
     assert card["helped"] == sum(marks) / 2 and marks[0] == 1.0
+    assert safe.helped(answers[:1], {})["helped"] == 1.0        # whatever it does to the child
     assert card["n"] == {"gold": 2, "helped": 2}
 
 
@@ -348,6 +349,14 @@ def test_goodharts_picture(count):
     words = words_of(goodhart.picture([run] * count))
     for label in "the truth", "the judge", "beta 0.1", "three judges", "an alarm rings":
         assert label in words
+
+
+def test_a_run_is_drawn_as_far_as_it_has_gone():
+    steps = [{"kl": 2.0, "gold": 0.9}, {"kl": 1.0, "gold": 0.8}, {"kl": 3.0, "gold": 0.7}]
+    run = {"start": {"gold": 0.5}, "runs": {"free": steps}}
+    curve = goodhart.over_seeds([run, run], "free", "gold")
+    assert list(curve.xs) == [0.0, 2.0, 2.0, 3.0]
+    assert list(curve.ys) == pytest.approx([0.5, 0.9, 0.8, 0.7])
 
 
 def test_goodharts_picture_without_a_free_run():
