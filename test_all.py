@@ -18,6 +18,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -2611,12 +2612,22 @@ def test_torchrun_speaks_and_writes_once(home):
     assert Path(home, "torchrun/metrics.csv").read_text().count("\n") == 4
 
 
+def run_tests(arguments):
+    """All of them, in two processes, as most machines have two cores. These are shown as they run,
+    what the others say comes behind. -> exit code"""
+    os.environ["NANOALIGN_FULL"] = str(int(FULL))
+    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    with tempfile.TemporaryFile("w+") as said:
+        others = subprocess.Popen([*command, "data", "lessons"], cwd=HERE, stdout=said)
+        codes = [subprocess.run([*command, "test_all.py"], cwd=HERE).returncode, others.wait()]
+        said.seek(0)
+        print(said.read(), end="")
+    nothing_chosen = pytest.ExitCode.NO_TESTS_COLLECTED             # by -k, in one of the two
+    return min(codes) if nothing_chosen in codes else max(codes)
+
+
 if __name__ == "__main__":
     if "--mutants" in sys.argv:
         from lessons import mutants
         sys.exit(mutants.main(sys.argv[sys.argv.index("--mutants") + 1:]))
-    os.environ["NANOALIGN_FULL"] = str(int(FULL))
-    arguments = ["-q", "test_all.py", "data", "lessons"]
-    arguments += [argument for argument in sys.argv[1:] if argument != "--full"]
-    os.chdir(HERE)
-    sys.exit(pytest.main(arguments))
+    sys.exit(run_tests([argument for argument in sys.argv[1:] if argument != "--full"]))

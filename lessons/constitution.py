@@ -31,15 +31,17 @@ import torch
 
 import cai
 from data import exam, rows, studybuddy
+from data.chart import Panel, chart
 from data.checkpoints import load
 from data.exam import mean
-from data.run import main
+from lessons import figures
 from model import UserError
 
 
 @dataclass(frozen=True)
 class Config(cai.Config):
     out: str = "out/constitution"     # write here
+    seeds: str = ""           # one run for each, as in --seeds 0 1 2: this makes the page's figure
     quick: bool = False       # a few answers and steps, to see that it runs
 
 
@@ -189,6 +191,34 @@ def cell(x):
     return "-" if math.isnan(x) else f"{x:.2f}"
 
 
+def numbers_of(tables):
+    """The tables without their empty cells."""
+    numbers = {}
+    for title, table in tables.items():
+        numbers[title] = {}
+        for name, cells in table.items():
+            numbers[title][name] = {key: x for key, x in cells.items() if not math.isnan(x)}
+    return numbers
+
+
+def picture(runs):
+    rounds = list(runs[0]["the rounds"])
+    places = list(range(len(rounds)))
+    lines = []
+    for name in ("mended", "harmed", "attacked"):
+        curves = []
+        for run in runs:
+            curves.append([run["the rounds"][r].get(name, math.nan) for r in rounds])
+        lines.append(figures.line(name, places, curves))
+    bars = []
+    for who in runs[0]["the verdicts"]:
+        values = [run["the verdicts"][who]["true"] for run in runs]
+        bars.append(figures.bar(who, {"true": values}))
+    return chart([Panel("Answers, round by round", "rounds of critique and revision",
+                        "share of bad ones, of good ones, of attacks", lines, limits=(0, 1)),
+                  Panel("Whose label is true?", "share of pairs", bars=bars, limits=(0, 1))])
+
+
 def train(config):
     if config.quick:
         config = replace(config, steps=3, sl_steps=3, answers=1, pairs=32, revisions=1)
@@ -211,8 +241,9 @@ def train(config):
     config.say(f"\np is {sure:.2f} away from 1/2 on average (a coin: 0.00, no doubt at all: 0.50)")
     for title, table in tables.items():
         show_table(title, table, config)
-    return results | {"tables": tables, "sureness": sure}
+    numbers = numbers_of(tables) | {"sureness": sure}
+    return results | {"tables": tables, "sureness": sure, "numbers": numbers}
 
 
 if __name__ == "__main__":
-    main(Config, train, __doc__)
+    figures.main("constitution", Config, train, picture, __doc__)

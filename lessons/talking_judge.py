@@ -13,12 +13,12 @@ than the other, whatever it stands for, so each pair is asked in both orders:
 The margin stands where a reward model has r_chosen - r_rejected, and a liking for A cancels in it;
 the bias is that liking. The report card is that of reward_model.py, to compare.
 
-A second judge says first what is wrong with the worse answer, then its letter (Ankner et al. 2024,
+A second judge says first what it thinks of each answer, then its letter (Ankner et al. 2024,
 2408.11791). It learns from annotators who said why, and a reason is more than a vote: whoever voted
-for the worse answer by mistake may find nothing wrong with the other one.
+for the worse answer by mistake may have found something wrong with it, too.
 
     Question: ... A: The red team wins. B: I don't know. ... Which is better?
-    Nobody can know this, but it sounds sure. B
+    A: Nobody can know this, but it sounds sure. B: There is nothing to mend. B
 
     L' = L - mean_t log pi(reason_t | question, reason_<t)       the letter is read after the reason
 
@@ -44,11 +44,11 @@ from model import Example, UserError, collate, render_prompt, sample
 from reward_model import flattered, longest, read_comparisons, report
 
 PRINCIPLE = "Choose the better answer for a child."
-# what can be wrong with an answer, the worst first, and how one says it
+# what can be wrong with an answer, the worst first, and how one says it (without an A or a B)
 FLAWS = {key: CRITIQUES[key][0] for key in ("age", "true", "unsure", "learn")}
 FLAWS |= {"point": "It misses the point.", "curious": CRITIQUES["curious"][0]}
 NOTHING = CRITIQUES[None][0]
-ROOM = 20                     # tokens, for a reason and a letter
+ROOM = 36                     # tokens, for a reason and a letter
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,15 @@ def read_questions(config, tokenizer, context):
 
 # ---------------------------------------------------------------- reasons
 
-def reason_for(row, winner, loser):
-    """What an annotator who voted so can say: the worst flaw that the loser alone has."""
-    kept = flaws(row, loser) - flaws(row, winner)
+def reason_for(row, a, b):
+    """What an annotator says of two answers: the worst flaw of each."""
+    return f"A: {remark(row, a)} B: {remark(row, b)}"
+
+
+def remark(row, text):
+    keys = flaws(row, text)
     for key, sentence in FLAWS.items():
-        if key in kept:
+        if key in keys:
             return sentence
     return NOTHING
 
@@ -153,8 +157,9 @@ def after_reasons(asked, reasons, tokenizer):
 def annotators_reasons(comparisons):
     reasons = []
     for comparison in comparisons:
-        reason = reason_for(comparison.row, *comparison.answers)
-        reasons.append([reason, reason])
+        chosen, rejected = comparison.answers
+        reasons.append([reason_for(comparison.row, chosen, rejected),
+                        reason_for(comparison.row, rejected, chosen)])
     return reasons
 
 
@@ -165,7 +170,7 @@ def own_reasons(model, asked, tokenizer):
         prompts += [example.ids for example in comparison.examples]
     reasons = []
     for text in sample(model, tokenizer, prompts, max_new=ROOM, temperature=0).texts:
-        before_letter = re.match("[^AB]*", text).group()
+        before_letter = re.match("(A: [^AB]*)?(B: [^AB]*)?", text).group()
         reasons.append(before_letter.strip() or NOTHING)
     return list(zip(reasons[::2], reasons[1::2]))
 

@@ -426,13 +426,23 @@ def test_ties_take_a_liking_away():
 
 # ---------------------------------------------------------------- judges that give a reason
 
-def test_a_reason_names_what_the_worse_answer_alone_has():
+def test_a_reason_names_the_worst_of_each_answer():
     row = {"prompt": "Who will win?", "kind": "unknown",
            "slots": {"family": "future", "sport": "chess", "day": "Monday"}}
     honest = "I don't know who will win at chess. We will find out on Monday."
     bluff = "The red team will win the chess game on Monday."
-    assert talking_judge.reason_for(row, honest, bluff) == talking_judge.FLAWS["unsure"]
-    assert talking_judge.reason_for(row, bluff, honest) == talking_judge.NOTHING
+    unsure = talking_judge.FLAWS["unsure"]
+    nothing = talking_judge.NOTHING
+    assert talking_judge.reason_for(row, honest, bluff) == f"A: {nothing} B: {unsure}"
+    assert talking_judge.reason_for(row, bluff, honest) == f"A: {unsure} B: {nothing}"
+
+
+def test_in_the_other_order_the_reasons_change_places():
+    pair = comparison("Hi", ["Good.", "Bad."])._replace(row={"prompt": "Hi", "kind": "x"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(talking_judge, "remark", lambda row, text: text)
+        assert talking_judge.annotators_reasons([pair]) == [["A: Good. B: Bad.",
+                                                             "A: Bad. B: Good."]]
 
 
 def test_no_reason_has_a_letter_in_it_that_could_be_the_verdict():
@@ -458,11 +468,11 @@ def test_a_letter_is_read_after_its_reason():
 
 
 def test_its_own_reason_ends_before_its_letter(monkeypatch):
-    said = M.Samples(None, None, None, None, None, ["That is false.A", "B"])
+    said = M.Samples(None, None, None, None, None, ["A: Fine. B: False.B. A: x", "B"])
     monkeypatch.setattr(talking_judge, "sample", lambda *given, **settings: said)
     asked = talking_judge.in_both_orders([comparison("Hi", ["Good.", "Bad."])], TOKENIZER)
     assert talking_judge.own_reasons(None, asked, TOKENIZER) == [
-        ("That is false.", talking_judge.NOTHING)]
+        ("A: Fine. B: False.", talking_judge.NOTHING)]
 
 
 def test_both_judges_run_and_draw(init, tmp_path):
