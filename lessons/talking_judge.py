@@ -22,6 +22,9 @@ for the worse answer by mistake may have found something wrong with it, too.
 
     L' = L - mean_t log pi(reason_t | question, reason_<t)       the letter is read after the reason
 
+It is asked twice: after reasons of its own, and after those that annotators would give. Where the
+second helps and the first does not, it can weigh reasons and can't find them.
+
     python -m lessons.talking_judge       data/preferences.jsonl -> out/talking_judge
 
 Simplified: the simulated annotators' reasons are always true, only their votes are noisy; and one
@@ -57,9 +60,10 @@ class Config(figures.Lesson):
     out: str = "out/talking_judge"  # write here
     steps: int = 120          # optimiser steps
     held: int = 6             # one prompt in so many is held out
+    judged: int = 400         # held-out pairs on the report card, at most
     drop: bool = False        # leave out answers longer than the context (otherwise an error)
 
-    limits = figures.Lesson.limits | {"held": (2, 10**9)}
+    limits = figures.Lesson.limits | {"held": (2, 10**9), "judged": (1, 10**9)}
 
 
 # L = - 1/2 [log pi(A | chosen is A) + log pi(B | chosen is B)]
@@ -154,7 +158,8 @@ def after_reasons(asked, reasons, tokenizer):
     return spoken
 
 
-def annotators_reasons(comparisons):
+def annotators_reasons(model, comparisons, tokenizer):
+    """What careful people say, who can see what is wrong: no model is asked."""
     reasons = []
     for comparison in comparisons:
         chosen, rejected = comparison.answers
@@ -208,12 +213,13 @@ def all_verdicts(model, comparisons, tokenizer):
     return torch.cat(logps)
 
 
-def evaluate(model, held, tokenizer, speaks=False):
-    """-> report card. A duel has a margin only, so the rejected
-    answer's r is set to 0. speaks: it gives a reason of its own first."""
+def evaluate(model, held, tokenizer, reasons=None):
+    """-> report card. A duel has a margin only, so the rejected answer's r is set to 0.
+    reasons: who gives them, own_reasons or annotators_reasons; without them the letter comes at
+    once."""
     asked = held
-    if speaks:
-        asked = after_reasons(held, own_reasons(model, held, tokenizer), tokenizer)
+    if reasons:
+        asked = after_reasons(held, reasons(model, held, tokenizer), tokenizer)
     logps = all_verdicts(model, asked, tokenizer)                # (N, 2, 2)
     margin, bias = generative_margin(logps)                      # (N,) each
     r = torch.stack([margin, torch.zeros_like(margin)], dim=1)   # (N, 2)
@@ -222,8 +228,8 @@ def evaluate(model, held, tokenizer, speaks=False):
     if exam.knows([comparison.row for comparison in held]):
         probes = in_both_orders(flattered(held, tokenizer), tokenizer)
         probes = fitting(probes, model.config.max_len)
-        if speaks:
-            probes = after_reasons(probes, own_reasons(model, probes, tokenizer), tokenizer)
+        if reasons:
+            probes = after_reasons(probes, reasons(model, probes, tokenizer), tokenizer)
         margin, _ = generative_margin(all_verdicts(model, probes, tokenizer))
         card["flattery"] = margin.mean().item()
     return card
@@ -270,8 +276,7 @@ def train(config):
     need(config.init, "python sft.py", 20)
     model, tokenizer = load(config.init, config.device)
     comparisons, held = read_questions(config, tokenizer, model.config.max_len)
-    if config.quick:
-        held = held[:16]
+    held = held[:16 if config.quick else config.judged]
 
     # BEFORE
     config.say(f"talking_judge: from {config.init}; {len(comparisons):,} pairs to learn from, "
@@ -289,12 +294,13 @@ def train(config):
     targets = [exam.Target("loss", before["loss"], at_most=True)]
     if exam.knows([comparison.row for comparison in held + comparisons]):
         speaker = speaking_judge(config, comparisons, tokenizer)
-        reason = evaluate(speaker, held, tokenizer, speaks=True)
+        numbers["own reasons"] = evaluate(speaker, held, tokenizer, own_reasons)
+        numbers["told reasons"] = evaluate(speaker, held, tokenizer, annotators_reasons)
         show_reasons(speaker, held, tokenizer, config)
-        numbers["reason"] = reason
-        after["with_reason"] = reason["gold_order"]
-        targets = [exam.Target("gold_order", 0.85),
-                   exam.Target("with_reason", after["gold_order"] - 0.01)]
+        after["own_reasons"] = numbers["own reasons"]["gold_order"]
+        after["told_reasons"] = numbers["told reasons"]["gold_order"]
+        targets = [exam.Target("gold_order", 0.77),
+                   exam.Target("own_reasons", after["gold_order"] - 0.01)]
     results = exam.finish("talking_judge", config, started, log, before, after, targets)
     return results | {"model": model, "tokenizer": tokenizer, "numbers": numbers}
 
@@ -304,7 +310,8 @@ def speaking_judge(config, comparisons, tokenizer):
     config.say("\nnow with a reason before the letter")
     torch.manual_seed(config.seed)
     speaker, _ = load(config.init, config.device)
-    told = after_reasons(comparisons, annotators_reasons(comparisons), tokenizer)
+    reasons = annotators_reasons(speaker, comparisons, tokenizer)
+    told = after_reasons(comparisons, reasons, tokenizer)
     learn(config, speaker, told, tokenizer)
     if config.save:
         save(f"{config.out}/reason", speaker, tokenizer)
@@ -323,7 +330,7 @@ def bars_of(runs, names):
     bars = []
     for key, name in names.items():
         values = {}
-        for judge in ("before", "letter", "reason"):
+        for judge in ("before", "letter", "own reasons", "told reasons"):
             values[judge] = [run[judge][key] for run in runs]
         bars.append(figures.bar(name, values))
     return bars

@@ -441,7 +441,7 @@ def test_in_the_other_order_the_reasons_change_places():
     pair = comparison("Hi", ["Good.", "Bad."])._replace(row={"prompt": "Hi", "kind": "x"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(talking_judge, "remark", lambda row, text: text)
-        assert talking_judge.annotators_reasons([pair]) == [["A: Good. B: Bad.",
+        assert talking_judge.annotators_reasons(None, [pair], None) == [["A: Good. B: Bad.",
                                                              "A: Bad. B: Good."]]
 
 
@@ -480,7 +480,7 @@ def test_both_judges_run_and_draw(init, tmp_path):
     config = talking_judge.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True, batch=8,
                                   quiet=True)
     numbers = talking_judge.train(config)["numbers"]
-    assert {"gold_order", "likes_a", "flattery"} <= set(numbers["reason"])
+    assert {"gold_order", "likes_a", "flattery"} <= set(numbers["own reasons"])
     assert talking_judge.picture([numbers, numbers]).startswith("<svg")
 
 
