@@ -1311,6 +1311,17 @@ def test_the_reward_model_is_read_at_the_end_token():
         near(scores[i], judge.score.weight[0].dot(hidden) - 0.3, 1e-4)
 
 
+def test_ppo_holds_out_no_prompt_that_it_learns_from(tmp_path):
+    lines = [{"prompt": f"What is {i}?"} for i in range(20)]
+    lines += lines[:7] + [{"prompt": "What else?"}]
+    config = ppo.Config(data=write_lines(tmp_path / "asks.jsonl", lines))
+    prompts, held = ppo.read_prompts(config, TOKENIZER, 256)
+    learned = {prompt.row["prompt"] for prompt in prompts}
+    kept = {prompt.row["prompt"] for prompt in held}
+    assert kept and not kept & learned
+    assert kept | learned == {line["prompt"] for line in lines}
+
+
 def test_gold_is_what_the_worlds_judge_says():
     first, second = studybuddy.read("prompts")[:2]
     prompts = [ppo.Prompt([], [], first), ppo.Prompt([], [], second)]
@@ -1352,7 +1363,7 @@ def losses_by_hand(policy, reference, critic, samples, scores, config):
 @pytest.mark.parametrize("name", ppo.ALGORITHMS)
 def test_two_steps_of_ppo_by_hand(name, home, monkeypatch):
     """Sampled answers, then plain loops: both networks end where the script's do."""
-    numbers = dict(algorithm=name, group=2, temperature=0.8, gamma=0.9, beta=2.0, lr=0.3,
+    numbers = dict(algorithm=name, group=2, temperature=0.8, gamma=0.9, beta=2.0, lr=0.03,
                    critic_lr=0.5)
     config = small("ppo", home, **numbers)
     drawn = Watch(monkeypatch, ppo, "draw_answers")
@@ -1367,6 +1378,7 @@ def test_two_steps_of_ppo_by_hand(name, home, monkeypatch):
     for step in range(2):
         samples = drawn.results[1 + step]                       # the first are evaluate's
         scores = paid.calls[step][0]
+        assert samples.answer.sum(1).float().mean() > 2
         losses = losses_by_hand(policy, reference, critic, samples, scores, config)
         warm_up = (step + 1) / 10
         found.append(step_by_hand(policy, losses[0], warm_up * config.lr))
@@ -1384,7 +1396,8 @@ def test_the_log_of_ppo_tells_of_its_samples_and_of_all_updates(home, monkeypatc
     paid = Watch(monkeypatch, ppo, "token_rewards")
     policy = Watch(monkeypatch, ppo, "policy_loss")
     critic = Watch(monkeypatch, ppo, "value_loss")
-    first, row = train("ppo", home, steps=2, lr=3e-2)["log"]
+    first, row = train("ppo", home, steps=2, lr=3e-3)["log"]
+    assert row["length"] > 2
     scores, logps, ref_logps = paid.calls[1][:3]
     near(first["kl"], 0, 1e-4)
     near(row["kl"], (logps - ref_logps).sum(1).mean(), 1e-4)
@@ -1726,6 +1739,7 @@ def test_two_steps_of_grpo_by_hand(name, home, monkeypatch):
     reference = initial(home)
     for step in range(2):
         samples = drawn.results[1 + step]                       # the first group is to be shown
+        assert samples.answer.sum(1).float().mean() > 2
         loss = grpo_by_hand(policy, reference, samples, config)
         found = step_by_hand(policy, loss, config.lr * (step + 1) / 10)
         assert close(seen[step], found, 1e-4)
