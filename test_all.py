@@ -1360,6 +1360,19 @@ def losses_by_hand(policy, reference, critic, samples, scores, config):
     return policy_loss / N, value_loss / N
 
 
+@pytest.mark.parametrize("name", ["policy_loss", "value_loss"])
+def test_the_second_epoch_is_held_against_what_was_there_at_the_draw(name, home, monkeypatch):
+    losses = Watch(monkeypatch, ppo, name)
+    train("ppo", home, steps=1, epochs=2, minibatch=8, lr=3e-3, critic_lr=3e-3)
+    sets = []
+    for new, old, A, answer, eps in losses.calls:               # each epoch has an order of rows
+        sets.append([new[answer].sort()[0], old[answer].sort()[0]])
+    (new, old), (new_again, old_again) = sets
+    near(old, old_again, 1e-6)
+    near(new, old, 1e-4)
+    assert (new_again - old).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("name", ppo.ALGORITHMS)
 def test_two_steps_of_ppo_by_hand(name, home, monkeypatch):
     """Sampled answers, then plain loops: both networks end where the script's do."""
