@@ -1779,6 +1779,25 @@ def test_the_log_of_grpo_tells_of_its_samples_and_of_all_epochs(home, monkeypatc
     assert max(moved[:2]) < 1e-3 < max(moved), "at first pi is pi_old"
 
 
+def test_each_answer_is_paid_for_its_own_truth_text_and_end(home, monkeypatch):
+    drawn = Watch(monkeypatch, grpo, "sample_groups")
+    paid = []
+
+    def reward(truth, text, ended):
+        paid.append((truth, text, ended))
+        return float(len(text))
+    config = small("grpo", home, steps=1, batch=3, max_new=6)
+    grpo.train(config, reward)
+    samples = drawn.results[1]
+    prompts = drawn.calls[1][2]
+    want = []
+    for i, text in enumerate(samples.texts):
+        want.append((prompts[i // config.group].truth, text, samples.ended[i].item()))
+    assert len(want) == 12 and len(set(samples.ended.tolist())) == 2
+    first = paid.index(want[0])
+    assert paid[first:first + 12] == want
+
+
 @pytest.mark.parametrize("name", grpo.FAMILY)
 def test_equal_rewards_change_nothing(name, home):
     config = small("grpo", home, loss=name)

@@ -4,6 +4,7 @@
     python -m lessons.figures judge_bias     this one alone
     python -m lessons.figures --check        which numbers on the pages are no longer true?
     python -m lessons.figures --fill         put the numbers of the results in their place
+    python -m lessons.figures --course       all that the nine pages tell you to run, in their order
 
 A program ends in one call, and main() below does the rest:
 
@@ -35,6 +36,7 @@ A number on a page carries its source in a comment that no reader sees:
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -259,14 +261,28 @@ def programs():
     return names
 
 
-def make(names):
-    for name in names:
-        started = time.time()
-        print(f'python -m lessons.{name} --seeds "0 1 2"', flush=True)
-        command = [sys.executable, "-m", f"lessons.{name}", "--seeds", "0 1 2"]
-        if subprocess.run(command, cwd=HERE.parent).returncode != 0:
-            raise UserError(f"lessons.{name} failed")
-        print(f"{name}: {(time.time() - started) / 60:.1f} minutes", flush=True)
+# a line of a page's code: the program, its flags; behind two spaces what it does
+COMMAND = re.compile(r"^(?:    )?python -m lessons\.(\S+(?: \S+)*)", re.M)
+
+
+def course():
+    """The commands of the pages, one after the other: ["debate", "--teach", "200"]. (A page in the
+    browser waits for somebody who votes: it is left out.)"""
+    commands = []
+    for page in sorted(HERE.glob("[1-9]_*.md")):
+        for command in COMMAND.findall(page.read_text(encoding="utf-8")):
+            if command != "annotate":
+                commands.append(shlex.split(command))
+    return commands
+
+
+def run(name, *flags):
+    started = time.time()
+    print("\n" + shlex.join(["python", "-m", f"lessons.{name}", *flags]), flush=True)
+    program = [sys.executable, "-m", f"lessons.{name}", *flags]
+    if subprocess.run(program, cwd=HERE.parent).returncode != 0:
+        raise UserError(f"lessons.{name} failed")
+    print(f"{name}: {(time.time() - started) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":
@@ -276,7 +292,11 @@ if __name__ == "__main__":
             sys.exit(1 if check(fill=False) else 0)
         elif wanted == ["--fill"]:
             check(fill=True)
+        elif wanted == ["--course"]:
+            for command in course():
+                run(*command)
         elif any(name not in programs() for name in wanted):
-            raise UserError(f"want --check, --fill, or some of: {', '.join(programs())}")
+            raise UserError(f"want --check, --fill, --course, or of: {', '.join(programs())}")
         else:
-            make(wanted or programs())
+            for name in wanted or programs():
+                run(name, "--seeds", "0 1 2")

@@ -1,6 +1,7 @@
 """Tests of lessons 1 and 2: report, annotate, judge_bias's cure, judges with reasons, and figures.
 On tiny models, in seconds:  python -m pytest -q lessons/test_half_one.py"""
 import http.client
+import itertools
 import json
 import math
 import re
@@ -100,6 +101,17 @@ def test_pages_are_mended_in_place(pages, capsys):
 def test_every_program_of_these_lessons_has_a_figure():
     names = {"report", "annotate", "judge_bias", "process_reward", "talking_judge"}
     assert names <= set(figures.programs())
+
+
+def test_the_course_is_what_the_pages_tell_to_run():
+    commands = figures.course()
+    assert commands[0] == ["report"] and ["landscape", "--runs", ""] in commands
+    assert ["annotate"] not in commands and ["annotate", "--curve"] in commands
+    assert {command[0] for command in commands} <= set(figures.programs())
+    order = [command[0] for command in commands]
+    for earlier, later in itertools.pairwise(["report", "distill", "goodhart", "debate", "guard",
+                                              "feedback"]):
+        assert order.index(earlier) < order.index(later)
 
 
 # ---------------------------------------------------------------- report.py
