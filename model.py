@@ -405,7 +405,7 @@ def states_before(model, ids, mask, answer):
 # ---------------------------------------------------------------- sampling
 
 class Samples(NamedTuple):
-    ids: torch.Tensor        # (B, T) prompts padded on the left, answers on the right
+    ids: torch.Tensor        # (B, T) a prompt, its answer, then padding
     mask: torch.Tensor       # (B, T) True at real tokens
     answer: torch.Tensor     # (B, T) True at an answer's tokens and its <|im_end|>
     logps: torch.Tensor      # (B, T) their log-probs at this temperature, before top-k and top-p
@@ -456,7 +456,11 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
     mask = torch.cat([mask, answer], 1)
     answer = F.pad(answer, (P, 0))
     logps = F.pad(logps, (P, 0))
-    return Samples(ids, mask, answer, logps, ended=stops.any(1), texts=texts)
+    # the padding in front of short prompts goes behind their answers: fewer columns to learn from
+    order = (~mask).int().argsort(dim=1, stable=True)           # (B, P+T), real tokens first
+    order = order[:, :mask.sum(1).max()]                        # (B, longest)
+    columns = [x.gather(1, order) for x in (ids, mask, answer, logps)]
+    return Samples(*columns, ended=stops.any(1), texts=texts)
 
 
 def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, generator):

@@ -14,14 +14,14 @@ brought and not with all that happened. For an answer y_1 .. y_n to a prompt x:
 Where it all stands: tensors are (B, T), and what is about y_t is in y_t's column. In this row of a
 batch the prompt has two tokens and the answer three; other prompts and answers are longer.
 
-    column     0      1     2     3     4         5          6
-    ids     <|pad|>  x_1   x_2   y_1   y_2   <|im_end|>   <|pad|>
-    mask       .      1     1     1     1         1          .      real tokens
-    answer     .      .     .     1     1         1          .      what pi drew, its end too
-    log pi     .      .     .    l_1   l_2       l_3         .      l_1: the logits of column 2
-    V          .      .     .    V_1   V_2       V_3         .      V_1: the critic at column 2
-    r          .      .     .    r_1   r_2       r_3         .      r_3 holds the score r(x, y)
-    A          .      .     .    A_1   A_2       A_3         .      V_4 = 0, so A_3 = r_3 - V_3
+    column     0     1     2     3         4          5          6
+    ids       x_1   x_2   y_1   y_2   <|im_end|>   <|pad|>    <|pad|>
+    mask       1     1     1     1         1          .          .     real tokens
+    answer     .     .     1     1         1          .          .     what pi drew, its end too
+    log pi     .     .    l_1   l_2       l_3         .          .     l_1: the logits of column 1
+    V          .     .    V_1   V_2       V_3         .          .     V_1: the critic at column 1
+    r          .     .    r_1   r_2       r_3         .          .     r_3 holds the score r(x, y)
+    A          .     .    A_1   A_2       A_3         .          .     V_4 = 0, so A_3 = r_3 - V_3
 
 By hand, where pi is the reference: V = 0.5 0.6 0.8 and a reward of 1 at the end give delta = 0.1
 0.2 0.2. With gamma 1 and lambda 0.95, A_3 = 0.2, A_2 = 0.2 + 0.95 A_3 = 0.39, A_1 = 0.1 + 0.95

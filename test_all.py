@@ -536,8 +536,8 @@ def test_an_answer_by_hand():
     s = M.sample(Chain(), TOKENIZER, PROMPTS, max_new=4)
     assert s.texts == ["bc", "", "xyxy"]
     assert s.ended.tolist() == [True, True, False]
-    assert bits(s.mask) == ["111110", "011000", "111111"]
-    assert bits(s.answer) == ["001110", "001000", "001111"]
+    assert bits(s.mask) == ["111110", "110000", "111111"]
+    assert bits(s.answer) == ["001110", "010000", "001111"]
     assert s.ids[0].tolist() == tokens_of("xabc.") + [M.special(TOKENIZER, M.PAD)]
     assert (s.logps == 0).all()                                 # each was certain
 

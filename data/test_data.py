@@ -2125,3 +2125,19 @@ def test_the_cards_of_two_folders(tmp_path, monkeypatch, capsys):
     assert lines[0].split() == ["out/a", "out/b", "n"]
     assert any(line.startswith("gold_rise") for line in lines) and max(map(len, lines)) <= 80
     assert {"a", "b"} <= set(words_of(ElementTree.parse("out/picture.svg").getroot()))
+
+
+def test_every_folder_is_held_against_the_first(monkeypatch):
+    """Its model is the KL's reference, and its answers are those to win against."""
+    tokenizer = SimpleNamespace(_mergeable_ranks={})
+    asked = []
+
+    def one_exam(model, tokenizer, reference, old_answers, parts):
+        asked.append((model, reference, old_answers))
+        return {}, f"answers of {model}"
+    monkeypatch.setattr(E, "load", lambda folder: (folder, tokenizer))
+    monkeypatch.setattr(E, "exam", one_exam)
+    for name in ("show_cards", "picture", "write_files"):
+        monkeypatch.setattr(E, name, lambda *given: None)
+    E.main(["a", "b", "c"])
+    assert asked == [("a", "a", None), ("b", "a", "answers of a"), ("c", "a", "answers of a")]

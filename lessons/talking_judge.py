@@ -51,7 +51,7 @@ PRINCIPLE = "Choose the better answer for a child."
 FLAWS = {key: CRITIQUES[key][0] for key in ("age", "true", "unsure", "learn")}
 FLAWS |= {"point": "It misses the point.", "curious": CRITIQUES["curious"][0]}
 NOTHING = CRITIQUES[None][0]
-ROOM = 36                     # tokens, for a reason and a letter
+ROOM = 46                     # tokens, for a reason and a letter
 
 
 @dataclass(frozen=True)

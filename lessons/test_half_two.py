@@ -359,6 +359,20 @@ def test_a_run_is_drawn_as_far_as_it_has_gone():
     assert list(curve.ys) == pytest.approx([0.5, 0.9, 0.8, 0.7])
 
 
+def test_luck_is_that_of_prompts_and_not_of_answers(monkeypatch):
+    """RLOO's four answers to a prompt are alike: they are one look at the policy."""
+    sizes = []
+    monkeypatch.setattr(goodhart, "load_judges", lambda config, count: [None])
+    monkeypatch.setattr(goodhart, "start_of", lambda *given: {"length": 9.0, "repeated": 0.0,
+                                                              "openings": 0.1, "score": 0.0})
+    monkeypatch.setattr(goodhart, "climb", lambda *given: ([], [["Yes."]], [[1.0]]))
+    monkeypatch.setattr(goodhart, "tenths", lambda log, texts, start, n: sizes.append(n) or [])
+    for name in ("show_run", "show_best"):
+        monkeypatch.setattr(goodhart, name, lambda *given: None)
+    goodhart.run(goodhart.Config(batch=64, betas="0", judges=1, quiet=True))
+    assert sizes == [16]
+
+
 def test_goodharts_picture_without_a_free_run():
     run = a_run() | {"ends": {}}
     del run["runs"]["beta 0"], run["runs"]["doubt"]
