@@ -2127,6 +2127,19 @@ def test_the_cards_of_two_folders(tmp_path, monkeypatch, capsys):
     assert {"a", "b"} <= set(words_of(ElementTree.parse("out/picture.svg").getroot()))
 
 
+def test_a_wrong_sum_is_wrong_however_well_it_is_worked_out():
+    row = {"kind": "math", "prompt": "How much is 7 x 14?", "answer": "98",
+           "slots": {"numbers": [7, 14], "op": "x"}}
+    texts = ["First 7 x 10 = 70. Then 7 x 4 = 21. Then 70 + 21 = 91. The answer is 91.",
+             "First 7 x 10 = 70. Then 7 x 4 = 28. Then 70 + 28 = 98. The answer is 98."]
+    answers = [E.Answer(row, text, True, world.judge(row, text, True)) for text in texts]
+    assert answers[0].mark["helpful"] > 0
+    scores = E.scores_of(answers)
+    E.add_greedy_scores(scores, answers)
+    assert scores["math"] == scores["math_greedy"] == [False, True]
+    assert scores["worked"] == [True, True]
+
+
 def test_every_folder_is_held_against_the_first(monkeypatch):
     """Its model is the KL's reference, and its answers are those to win against."""
     tokenizer = SimpleNamespace(_mergeable_ranks={})

@@ -12,7 +12,9 @@ solutions by the same loss, the mean over all places « where they are read:
     First 5 x 10 = 50.   Then 5 x 4 = 17.   Then 50 + 17 = 67.   The answer is 67.«     outcome
 
 Labels for steps cost more than labels for results. Are they worth it? The table says whether the
-first wrong step is found, and which of 8 sampled solutions each judge picks.
+first wrong step is found, and which of 8 sampled solutions each judge picks. A third one learns
+nothing here: it is the base, asked for each step in words whether it is right. It works the step
+out once more before it says so.
 
     python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, two minutes
 
@@ -31,11 +33,12 @@ import torch
 from data import exam, rows
 from data.chart import Panel, chart
 from data.checkpoints import load, save
-from data.studybuddy import RESULT, ask
+from data.studybuddy import RESULT, ask, flat
 from data.run import (Log, adamw, add_lora, batches, begin, clip_gradients, merge_lora, need, parts,
                       steps)
 from lessons import figures
-from model import Example, ScalarModel, UserError, collate, render_answer, render_prompt, sample
+from model import (Example, ScalarModel, UserError, collate, render_answer, render_prompt, respond,
+                   sample)
 from reward_model import calibration_error, hold_out_prompts, outcome_loss
 
 
@@ -43,6 +46,7 @@ from reward_model import calibration_error, hold_out_prompts, outcome_loss
 class Config(figures.Lesson):
     data: str = "data/steps.jsonl"   # JSON lines with "prompt", "steps" and "labels"
     out: str = "out/process_reward"  # write here
+    critic: str = "data/base"        # who marks steps in words
     steps: int = 200          # optimiser steps, for each of the two judges
     held: int = 6             # one prompt in so many is held out
     problems: int = 150       # sums of which 8 solutions are sampled
@@ -52,6 +56,7 @@ class Config(figures.Lesson):
 
 class Solution(NamedTuple):
     prompt: list             # messages
+    steps: list              # its sentences
     example: Example         # its tokens; 1 where the judge is read
     labels: list             # is it right there? 1 or 0
 
@@ -79,7 +84,7 @@ def read_solutions(config, tokenizer, context, judge):
         labels = line.labels
         if judge == "outcome":
             labels = labels[-1:]
-        solutions.append(Solution(line.prompt, example, labels))
+        solutions.append(Solution(line.prompt, line.steps, example, labels))
     return hold_out_prompts(solutions, config.held)
 
 
@@ -122,17 +127,43 @@ def evaluate(model, held, tokenizer):
     """-> report card. first_wrong: the share of wrong solutions in which it finds the first wrong
     step, none too early and none too late. all_right: of right solutions, those it leaves alone."""
     lists = score_lists(model, [solution.example for solution in held], tokenizer)
-    found, left_alone = [], []
-    for solution, r in zip(held, lists):
-        true = first_wrong(solution.labels)
-        guess = first_wrong(r.sigmoid().tolist())
-        (left_alone if true is None else found).append(guess == true)
+    card = slips_found(held, [r.sigmoid().tolist() for r in lists])
     p = torch.cat(lists).sigmoid()                               # (N,)
     z = labels_of(held)                                          # (N,)
     right = (p > 0.5) == (z > 0.5)
     error, _ = calibration_error(p, z)
-    return {"accuracy": right.float().mean().item(), "calibration": error,
-            "first_wrong": exam.mean(found), "all_right": exam.mean(left_alone)}
+    return {"accuracy": right.float().mean().item(), "calibration": error} | card
+
+
+def slips_found(held, lists):
+    """lists: for each solution a number for each place. -> the two shares of evaluate()"""
+    found = []
+    left_alone = []
+    for solution, values in zip(held, lists):
+        true = first_wrong(solution.labels)
+        guess = first_wrong(values)
+        if true is None:
+            left_alone.append(guess is None)
+        else:
+            found.append(guess == true)
+    return {"first_wrong": exam.mean(found), "all_right": exam.mean(left_alone)}
+
+
+def marks_in_words(critic, tokenizer, solved):
+    """[(prompt, sentences)] -> for each a list of marks, 1 or 0. Asked is about the steps; the last
+    sentence says what came out."""
+    asked = []
+    for prompt, sentences in solved:
+        for i in range(1, len(sentences)):
+            so_far = " ".join(sentences[:i])
+            text = f"{flat(prompt)} {so_far} Is the last step right?"
+            asked.append([{"role": "user", "content": text}])
+    said = iter(respond(critic, tokenizer, asked, max_new=28, temperature=0.0))
+    lists = []
+    for prompt, sentences in solved:
+        marks = [float(not next(said).endswith("Wrong.")) for _ in sentences[:-1]]
+        lists.append(marks + [1.0])
+    return lists
 
 
 def strength(r):
@@ -152,7 +183,7 @@ def result_of(text):
     return results[-1] if results else text
 
 
-def best_of(policy, judges, tokenizer, config, K=8):
+def best_of(policy, judges, critic, tokenizer, config, K=8):
     """Of K solutions to a sum everybody picks one. -> how often it is right"""
     rng = Random(config.seed)
     sums = [ask(rng, "math", "exam") for _ in range(config.problems)]
@@ -162,16 +193,17 @@ def best_of(policy, judges, tokenizer, config, K=8):
         starts.append(start + tokenizer.encode_ordinary("First"))
     generator = torch.Generator().manual_seed(config.seed)
     texts = sample(policy, tokenizer, starts, n=K, generator=generator).texts  # P * K
-    right, votes = [], []
+    right, votes, solved = [], [], []
     examples = {name: [] for name in judges}
     for i, text in enumerate(texts):
         row = sums[i // K]
         solution = "First " + text
         votes.append(result_of(solution))
         right.append(float(votes[-1] == row["answer"]))
+        sentences = re.split(r"(?<=[.!?]) ", solution)
+        prompt = rows.to_messages(row["prompt"])
+        solved.append((prompt, sentences))
         for name in judges:
-            sentences = re.split(r"(?<=[.!?]) ", solution)
-            prompt = rows.to_messages(row["prompt"])
             examples[name].append(encode(tokenizer, prompt, sentences, name))
     right = torch.tensor(right).view(-1, K)                      # (P, K)
 
@@ -180,6 +212,8 @@ def best_of(policy, judges, tokenizer, config, K=8):
         lists = score_lists(model, examples[name], tokenizer)
         r = torch.stack([strength(r) for r in lists]).view(-1, K)  # (P, K)
         picks[name] = r.argmax(1)                                # (P,)
+    marks = marks_in_words(critic, tokenizer, solved)
+    picks["words"] = torch.tensor([min(values) for values in marks]).view(-1, K).argmax(1)
     card = {"random": right.mean().item(), "any": right.amax(1).mean().item()}
     for name, pick in picks.items():
         card["by_" + name] = right.gather(1, pick[:, None]).mean().item()  # (P, K) -> (P, 1)
@@ -237,10 +271,17 @@ def train(config):
     outcome, _, _, outcome_card = train_judge(config, "outcome")
     process, log, before, after = train_judge(config, "process")
     after["outcome_accuracy"] = outcome_card["accuracy"]
-    after |= best_of(policy, {"outcome": outcome, "process": process}, tokenizer, config)
+    critic, _ = load(config.critic, config.device)
+    _, held = read_solutions(config, tokenizer, policy.config.max_len, "process")
+    solved = [(solution.prompt, solution.steps) for solution in held]
+    words = slips_found(held, marks_in_words(critic, tokenizer, solved))
+    judges = {"outcome": outcome, "process": process}
+    after |= best_of(policy, judges, critic, tokenizer, config)
+    after |= {f"{name}_in_words": value for name, value in words.items()}
     if config.save:
         save(config.out, process, tokenizer)
-    targets = [exam.Target("first_wrong", 0.8), exam.Target("by_process", after["by_majority"])]
+    targets = [exam.Target("first_wrong", 0.8), exam.Target("first_wrong_in_words", 0.8),
+               exam.Target("by_process", after["by_majority"])]
     results = exam.finish("process_reward", config, started, log, before, after, targets)
     numbers = {"before": before, "after": after}
     return results | {"model": process, "tokenizer": tokenizer, "numbers": numbers}
@@ -248,7 +289,7 @@ def train(config):
 
 NAMES = {"random": "any one of 8", "by_majority": "the commonest result",
          "by_outcome": "the outcome judge's best", "by_process": "the process judge's best",
-         "any": "a right one is there"}
+         "by_words": "the best in words", "any": "a right one is there"}
 
 
 def picture(runs):
@@ -258,6 +299,8 @@ def picture(runs):
         values = {}
         for when in ("before", "after"):
             values[when] = [run[when][key] for run in runs]
+        if f"{key}_in_words" in runs[0]["after"]:
+            values["in words"] = [run["after"][f"{key}_in_words"] for run in runs]
         finds.append(figures.bar(name, values))
     for key, name in NAMES.items():
         picks.append(figures.bar(name, {"after": [run["after"][key] for run in runs]}))

@@ -327,12 +327,37 @@ def test_report_card_of_steps(monkeypatch):
     """One wrong solution found, one found too late, one right left alone, one not."""
     labels = [[1, 0, 0], [1, 0, 0], [1, 1], [1, 1]]
     says = [[2.0, -1.0, 1.0], [2.0, 1.0, -1.0], [1.0, 1.0], [1.0, -1.0]]
-    held = [process_reward.Solution([], M.Example([], []), one) for one in labels]
+    held = [process_reward.Solution([], [], M.Example([], []), one) for one in labels]
     lists = [torch.tensor(one) for one in says]
     monkeypatch.setattr(process_reward, "score_lists", lambda *args: lists)
     card = process_reward.evaluate(None, held, None)
     assert (card["first_wrong"], card["all_right"]) == (0.5, 0.5)
     assert card["accuracy"] == pytest.approx(7 / 10)
+
+
+def test_each_step_is_asked_about_with_those_before_it(monkeypatch):
+    """Who says "Wrong." at the end finds a slip; of the last sentence nobody asks."""
+    asked = []
+
+    def respond(critic, tokenizer, conversations, **settings):
+        asked.extend(messages[0]["content"] for messages in conversations)
+        return ["4. Right.", "5, 6: not the same. Wrong.", "x"]
+    monkeypatch.setattr(process_reward, "respond", respond)
+    solved = [(ask("Add it."), ["First a.", "Then b.", "The answer is c."]),
+              (ask("Again."), ["First d.", "The answer is e."]), (ask("Oh."), ["f."])]
+    marks = process_reward.marks_in_words(None, None, solved)
+    assert marks == [[1, 0, 1], [1, 1], [1]]
+    assert asked == ["Add it. First a. Is the last step right?",
+                     "Add it. First a. Then b. Is the last step right?",
+                     "Again. First d. Is the last step right?"]
+
+
+def test_the_base_finds_a_slip_in_words():
+    critic, tokenizer = load("data/base")
+    solved = [(ask("How much is 7 x 14?"), ["First 7 x 10 = 70.", f"Then 7 x 4 = {result}.",
+                                            "The answer is 98."]) for result in (28, 21)]
+    marks = process_reward.marks_in_words(critic, tokenizer, solved)
+    assert marks == [[1, 1, 1], [1, 0, 1]]
 
 
 def test_a_solution_is_as_strong_as_its_weakest_step():
@@ -371,13 +396,20 @@ def test_best_of_picks(monkeypatch):
                 says.append(torch.zeros(1))
         return says
 
+    def in_words(critic, tokenizer, solved):
+        """Finds a slip in the right ones alone: the first of the wrong ones is its choice."""
+        right = [" ".join(words).endswith(f" {sums[i // 8]['answer']}.")
+                 for i, (prompt, words) in enumerate(solved)]
+        return [[1.0, float(not is_right)] for is_right in right]
+
     monkeypatch.setattr(process_reward, "score_lists", fake)
+    monkeypatch.setattr(process_reward, "marks_in_words", in_words)
     config = process_reward.Config(problems=6)
-    card = process_reward.best_of(tiny_model_reward(), {"outcome": "outcome", "process": "process"},
-                                  tiny_tokenizer_reward, config)
+    judges = {"outcome": "outcome", "process": "process"}
+    card = process_reward.best_of(tiny_model_reward(), judges, None, tiny_tokenizer_reward, config)
     assert card == {"random": pytest.approx((4 + 2 * 5) / 48), "any": 1.0,
                     "by_majority": pytest.approx(2 / 6), "by_outcome": 1.0,
-                    "by_process": 1.0}
+                    "by_process": 1.0, "by_words": 0.0}
 
 
 def test_the_loss_of_steps_is_their_mean_in_however_many_parts(init, tmp_path, monkeypatch):
