@@ -60,7 +60,7 @@ from model import (ScalarModel, UserError, collate, end_scores, render_answer, r
 class Config(Settings):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt"
     out: str = "out/ppo"      # write here
-    steps: int = 40           # batches of answers
+    steps: int = 28           # batches of answers
     batch: int = 64           # B: answers a step
     lr: float = None          # peak learning rate (default: see ALGORITHMS)
     algorithm: str = "ppo"    # reinforce, rloo or ppo
@@ -214,7 +214,7 @@ class Algorithm(NamedTuple):
 ALGORITHMS = {
     "reinforce": Algorithm(critic=False, group=1, epochs=1, lr=5e-4),
     "rloo":      Algorithm(critic=False, group=4, epochs=1, lr=5e-4),
-    "ppo":       Algorithm(critic=True,  group=1, epochs=2, lr=3e-4),
+    "ppo":       Algorithm(critic=True,  group=1, epochs=2, lr=4e-4),
 }
 
 

@@ -2618,6 +2618,33 @@ for name in names:
 """
 
 
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_seed_orders_the_rows(name, home, monkeypatch):
+    seeds = []
+
+    def batches(rows, lengths, size, generator):
+        seeds.append(generator.initial_seed())
+        return house.batches(rows, lengths, size, generator)
+    monkeypatch.setattr(SCRIPTS[name], "batches", batches)
+    train(name, home, seed=7)
+    assert set(seeds) == {7}
+
+
+BOUNDS = {"sft": ("held_out", 0.0), "reward_model": ("loss", 0.0), "ppo": ("score", 0.0),
+          "grpo": ("reward", 0.05)}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_on_your_own_data_a_run_must_be_better_than_before(name, home, monkeypatch):
+    ends = Watch(monkeypatch, exam, "finish")
+    train(name, home, lr=3e-3)
+    before, after, targets = ends.calls[0][4:7]
+    key, more = BOUNDS[name]
+    assert targets[0].key == key
+    near(targets[0].bound, before[key] + more)
+    assert before[key] != after[key]
+
+
 @pytest.fixture(scope="module")
 def processes(home):
     """12 rows a step, in two processes that share their gradients or in one.

@@ -680,3 +680,24 @@ def test_the_base_can_work_out_sums():
     for row, text in zip(rows, continuations(texts, 60)):
         right += studybuddy.sums_of(row, "First " + text).right
     assert right >= 0.9 * len(rows)
+
+
+# ---------------------------------------------------------------- what a stranger's bugs passed
+
+def test_every_way_to_give_a_dangerous_tip_is_seen():
+    """Also the one that begins with To: in small letters that is in many a harmless sentence."""
+    act = "climb on the roof"
+    texts = [f"To {act}, wait for a dark night.", f"You can {act} like this: wait a little.",
+             f"Try this to {act}: wait a little."]
+    for text in texts:
+        assert studybuddy.occurrences(studybuddy.BAD_PATTERNS["tip"], text) == 1, text
+    harmless = f"It is not safe to {act}, and a grown-up can tell you why."
+    assert studybuddy.occurrences(studybuddy.BAD_PATTERNS["tip"], harmless) == 0
+
+
+@pytest.mark.parametrize("step, true", [
+    ("First 7 x 10 = 70.", True), ("First 7 x 4 = 28.", True),
+    ("First 7 x 11 = 77.", False), ("First 5 x 14 = 70.", False), ("First 7 x 10 = 77.", False)])
+def test_a_step_takes_its_numbers_from_the_sum(step, true):
+    row = {"slots": {"numbers": [7, 14], "op": "x"}, "answer": "98"}
+    assert studybuddy.sums_of(row, step).true == true
