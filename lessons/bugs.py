@@ -606,6 +606,32 @@ BUGS = [
      'the groups that teach nothing are kept'),
     ('lessons/dynamic.py', 'answer / tokens, method)', 'answer / answer.sum(), method)',
      'each draw is weighed as if it were the whole'),
+
+    ('sft.py', 'exam.Target("held_out", before["held_out"]',
+     'exam.Target("held_out", after["held_out"]', 'the target is what came out'),
+    ('reward_model.py', 'config.batch, torch.Generator().manual_seed(config.seed))',
+     'config.batch, torch.Generator())', 'the seed does not order the batches'),
+    ('ppo.py', 'kl = average(k1.sum(1).mean()).item()',
+     'kl = average(k1[answer].mean()).item()', 'the KL is of a token, not of an answer'),
+    ('ppo.py', 'held = [prompt for prompt in held if prompt.ids not in known]',
+     'held = [prompt for prompt in held if prompt.messages not in known]',
+     'held-out prompts are learned from where they come twice'),
+    ('ppo.py', 'loss = loss + value_loss(V, values[at], returns[at], drawn, config.eps)',
+     'loss = loss + value_loss(V, V.detach(), returns[at], drawn, config.eps)',
+     "the critic's clip holds it against itself"),
+    ('grpo.py', 'rewards.append(reward(prompt.truth, text, bool(samples.ended[i])))',
+     'rewards.append(reward(prompt.truth, text, bool(samples.ended[i // G])))',
+     "paid for another answer's end"),
+    ('data/exam.py', '        first_answers = first_answers or answers',
+     '        first_answers = answers', 'the third card is held against the second'),
+    ('data/exam.py', 'scores["math_greedy"].append(mark["honest"] > 0)',
+     'scores["math_greedy"].append(mark["helpful"] > 0)',
+     'a wrong sum that is worked out counts as right'),
+    ('data/studybuddy.py', 'pattern.piece in small and pattern.regex.search(text)',
+     'pattern.piece in small and pattern.regex.search(small)',
+     'a tip that begins with To is never found'),
+    ('data/studybuddy.py', 'left not in known or right not in known',
+     'left not in known', 'a step may take one number from nowhere'),
 ]
 
 
@@ -701,7 +727,7 @@ def sabotage(names):
     started = time.time()
     caught = 0
     with ThreadPoolExecutor(2) as pool:
-        unchanged = {}                  # {tests: a file of theirs}: many files share theirs
+        unchanged = {}                  # {tests: a file of theirs}: files that share them, once
         for number, file, what in bugs:
             unchanged[file in WORLD, *tests_of(file)] = file
         files = list(unchanged.values())
