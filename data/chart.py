@@ -60,10 +60,15 @@ svg{color:#e6edf3} .paper{fill:#0d1117} .soft{color:#9198a1} .c0{color:#58a6ff} 
 def chart(panels, width=760, columns=2, height=250):
     """Panels from left to right, and row by row. -> SVG"""
     columns = max(1, min(columns, len(panels)))
-    colours = {"": "c0", "before": "soft", "after": "c0"}       # a name has one colour everywhere
+    names = []
     for panel in panels:
-        for name in names_of(panel):
-            colours.setdefault(name, f"c{(len(colours) - 3) % 6}")
+        names += names_of(panel)
+    colours = {"": "c0", "before": "soft", "after": "c0"}       # a name has one colour everywhere
+    taken = 1 if "after" in names else 0
+    for name in dict.fromkeys(names):
+        if name not in colours:
+            colours[name] = f"c{taken % 6}"
+            taken += 1
     paper = Paper()
     top = 0
     for start in range(0, len(panels), columns):

@@ -2154,3 +2154,13 @@ def test_every_folder_is_held_against_the_first(monkeypatch):
         monkeypatch.setattr(E, name, lambda *given: None)
     E.main(["a", "b", "c"])
     assert asked == [("a", "a", None), ("b", "a", "answers of a"), ("c", "a", "answers of a")]
+
+
+def test_after_has_a_colour_of_its_own():
+    bars = [chart_file.Bar("gold", {"before": 0.3, "after": 0.6, "in words": 0.9})]
+    drawn = ElementTree.fromstring(chart_file.chart([chart_file.Panel("Judges", bars=bars)]))
+    colours = {}
+    for element in drawn.iter():
+        if element.text in ("after", "in words", "before"):
+            colours[element.text] = element.get("class")
+    assert len(set(colours.values())) == 3
