@@ -1313,7 +1313,7 @@ def test_the_reward_model_is_read_at_the_end_token():
 
 def test_ppo_holds_out_no_prompt_that_it_learns_from(tmp_path):
     lines = [{"prompt": f"What is {i}?"} for i in range(20)]
-    lines += lines[:7] + [{"prompt": "What else?"}]
+    lines += lines[1:8] + [{"prompt": "What else?"}]        # the 21st row is held out, too
     config = ppo.Config(data=write_lines(tmp_path / "asks.jsonl", lines))
     prompts, held = ppo.read_prompts(config, TOKENIZER, 256)
     learned = {prompt.row["prompt"] for prompt in prompts}
