@@ -268,7 +268,7 @@ def train(config):
         config.say(f"    {principle:12}{share:6.2f} of the questions")
     run = sft.train(sft.Config(init=config.init, data=f"{config.out}/data.jsonl", out=config.out,
                                steps=config.steps, lr=config.lr, seed=config.seed, quiet=True,
-                               device=config.device))
+                               device=config.device, save=config.save))
 
     tables["after"] = examine(run["model"], tokenizer, plain, config)
     config.say(f"\n{'':14}        before  page in front         after")

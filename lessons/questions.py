@@ -275,8 +275,8 @@ def judge_is_a_coin(init):
 # ---------------------------------------------------------------- imitation
 
 def never_stops(init):
-    """The token that ends an answer was not trained on. Mostly because padding is set to the same
-    token and padding is masked, or because the template adds it after the mask was made. The loss
+    """The token that ends an answer was not trained on. Often because padding is set to the same
+    token and is masked by its id, or because the template adds it after the mask was made. The loss
     looks as good as ever: the one token that matters is not in it."""
     line = "[int(is_answer)] * len(body)"
     endless = planted("model.py", (line, "[int(is_answer)] * (len(body) - 1) + [0]"))
@@ -740,7 +740,8 @@ def follow(scale, batches=30):
 def batch_differs(init):
     """Prompts in a batch are padded on the left, and here the padding is looked at as if it were
     text. Others: padding on the right, so that the answer begins behind a hole; positions that
-    count it. Answers that differ in the sixth digit of a log-prob are rounding, and harmless: now
+    count it. Answers that differ in the sixth digit of a log-prob (in bfloat16 in the third) are
+    rounding, and harmless: now
     and then a greedy answer turns at such a tie."""
     policy, tokenizer = load(init)
     looks = planted("model.py", ("if mask[:, 0].all() and T in (1, S):", "if T in (1, S):"))
@@ -880,7 +881,7 @@ QUESTIONS = [
              "groups without contrast are left out, their KL too"),
     Question("which KL estimator? k1 as a loss does nothing", which_kl,
              "ppo.py", "rewards = -beta * k1.masked_fill(~answer, 0.0)",
-             "k1 in the reward, k2 in the loss; k1 never in the loss."),
+             "k1 in the reward, k2 in the loss; k1 as it is never in the loss."),
     Question("the first ratio is not 1", first_ratio,
              "model.py", "logps = (model.head(states) / temperature).log_softmax(-1)",
              "Score the distribution that was sampled; then the first ratio is 1 exactly."),
@@ -906,7 +907,7 @@ QUESTIONS = [
              "At step 0 it is right; at step 1 ask what log pi of an answer is a sum of."),
     Question("answers in a batch differ from answers alone", batch_differs,
              "model.py", "return (mask[:, None, None, :] & earlier) | itself",
-             "Padding on the left, masked, and not counted: then a batch changes nothing."),
+             "Padding on the left, masked, and not counted: then a batch rounds, no more."),
     Question("the format reward rises to 1, accuracy falls", form_without_truth,
              "grpo.py", "return 0.1                     # wrong, but in a form",
              "Form may pay a little, and the truth must pay for itself."),
