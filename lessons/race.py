@@ -17,8 +17,8 @@ The task is grpo.py's, sums that a verifier checks: no judge that one could fool
 of ppo.py and grpo.py, and the loop is one for all. What differs besides the advantage is what each
 file came with: its learning rate, its group, and ppo's two passes in small batches.
 
-    python -m lessons.race                            four minutes: 100,000 tokens each
-    python -m lessons.race --runs "rloo grpo" --tokens 200000
+    python -m lessons.race                            a minute and a half: 30,000 tokens each
+    python -m lessons.race --runs "rloo grpo" --tokens 100000
 
 Simplified: one learning rate schedule, over tokens; each method's own peak rate, group and epochs.
 Tune one of them alone, and it may win: published races are often run so.
@@ -43,7 +43,7 @@ from model import ScalarModel, UserError, sample, token_logps
 @dataclass(frozen=True)
 class Config(figures.Lesson):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt" and "answer"
-    tokens: int = 100_000     # so many may each method sample
+    tokens: int = 30_000      # so many may each method sample
     batch: int = 64           # answers that are drawn at a time
     lr: float = None          # peak learning rate (default: each method's own)
     critic_lr: float = 1e-3   # peak learning rate of ppo's critic

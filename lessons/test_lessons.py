@@ -1306,7 +1306,7 @@ def test_online_learns_what_the_judge_likes(lesson_files):
     """A judge that likes the letter e, and short answers: it gets more of what it likes."""
     def score(prompts, texts):
         return [text.count("e") - len(text) / 10 for text in texts]
-    config = lesson_config(online.Config, lesson_files, steps=20, rounds=20, batch=16)
+    config = lesson_config(online.Config, lesson_files, steps=3, rounds=3, batch=16)
     policy, log = online.learn(config, score)
     liked = []
     for model in (C.load(config.init)[0], policy):
