@@ -741,8 +741,7 @@ def batch_differs(init):
     """Prompts in a batch are padded on the left, and here the padding is looked at as if it were
     text. Others: padding on the right, so that the answer begins behind a hole; positions that
     count it. Answers that differ in the sixth digit of a log-prob (in bfloat16 in the third) are
-    rounding, and harmless: now
-    and then a greedy answer turns at such a tie."""
+    rounding, and harmless: now and then a greedy answer turns at such a tie."""
     policy, tokenizer = load(init)
     looks = planted("model.py", ("if mask[:, 0].all() and T in (1, S):", "if T in (1, S):"))
     wrong = looks.Transformer(policy.config)
