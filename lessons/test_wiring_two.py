@@ -7,6 +7,7 @@ python that know when to be wrong.
 import contextlib
 import json
 import re
+import sys
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -15,12 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from data import abilities, studybuddy
+import cai
+import ppo
+import reward_model
+from data import abilities, exam, studybuddy
 from data.checkpoints import load_ranks
-from data.rows import to_messages
-from lessons import (aloud, bias, character, debate, feedback, grounded, guard, redteam, search,
-                     stack, tools, verify)
-from lessons.test_eight import card, day
+from data.rows import Prompt, json_lines
+from lessons import (aloud, bias, character, debate, feedback, goodhart, grounded, guard, mcp,
+                     principles, redteam, search, stack, tools, verify)
+from lessons.test_eight import card, day, tiny_model
 
 TOKENIZER = load_ranks()
 ANY = str(Path(__file__).parent.parent / "data/base")       # a folder that need() finds
@@ -690,3 +694,744 @@ def test_every_model_gets_the_same_sums_and_wrong_steps(monkeypatch):
                 need=lambda *a: None)
     aloud.train(aloud.Config(models="one,two", quick=True, quiet=True))
     assert seen["one"] == seen["two"] and len(seen["one"]) == 4 * len(aloud.LENGTHS)
+
+
+# ================================================================ more of it: what these share
+
+def by_name(folder, device="cpu"):
+    """Instead of load(): a model is the name of its folder."""
+    return folder, TOKENIZER
+
+
+def given(calls, result=None):
+    """Instead of a function: keeps what it is given."""
+    def function(*args, **settings):
+        calls.append(SimpleNamespace(args=args, **settings))
+        return result
+    return function
+
+
+def told(settings, config, *names):
+    """Are these settings handed on as they are?"""
+    for name in (*names, "seed", "device"):
+        assert getattr(settings, name) == getattr(config, name), name
+    return True
+
+
+# ---------------------------------------------------------------- search
+
+def test_each_answer_of_search_is_judged_under_its_own_sum(monkeypatch):
+    """Both judges like an answer that holds the result of the sum that stands before it."""
+    def answer(prompt, before, number):
+        return f"So it is {int(result_of(prompt)) + number}."
+
+    def likes(prompt, text):
+        return float(text == f"So it is {result_of(prompt)}.")
+
+    def end_scores(judge, ids, mask):
+        scores = []
+        for row, real in zip(ids, mask):
+            text = TOKENIZER.decode(row[real.bool()].tolist())
+            prompt, said = text.split("user\n")[1].split("<|im_start|>assistant\n")
+            scores.append(likes(prompt, said.split("<|im_end|>")[0]))
+        return torch.tensor(scores)
+
+    def weakest_steps(judge, tokenizer, prompts, texts):
+        return torch.tensor([likes(prompt[-1]["content"], text)
+                             for prompt, text in zip(prompts, texts)])
+    replace_all(monkeypatch, search, sample=fake_sample(answer), end_scores=end_scores,
+                weakest_steps=weakest_steps)
+    judges = {"outcome": None, "step": None}
+    answers = search.ask(None, TOKENIZER, judges, THREE, search.Config(n=2))
+    assert answers.scores.tolist() == answers.weakest.tolist() == [[1.0, 0.0]] * 3
+
+
+def test_a_beam_goes_on_with_nothing_but_what_is_not_finished(monkeypatch):
+    """The first sum is done in one step, and its answer stays; the others take two."""
+    asked = []
+
+    def answer(prompt, before, number):
+        asked.append(prompt)
+        end = f"So it is {result_of(prompt)}."
+        if prompt == THREE[0]["prompt"] or before:
+            return end
+        return f"Hm. {end}"
+    replace_all(monkeypatch, search, sample=fake_sample(answer),
+                weakest_steps=lambda *a: torch.zeros(len(a[-1])))
+    right, _ = search.beam(None, TOKENIZER, None, THREE, 1, search.Config())
+    one, two, three = (row["prompt"] for row in THREE)
+    assert asked == [one, two, three, two, three] and right == 1.0
+
+
+def test_every_model_of_search_meets_the_same_sums_and_the_judges_of_the_flags(monkeypatch):
+    calls = []
+    replace_all(monkeypatch, search, compare=given(calls, result=[]), load_scalar=by_name)
+    config = search.Config(models="a,b", judge="ends", process="steps", quick=True, quiet=True)
+    search.train(config)
+    (one, judges, sums, _), (two, *others) = [call.args for call in calls]
+    assert (one, two) == ("a", "b") and others[:2] == [judges, sums]
+    assert judges == {"outcome": "ends", "step": "steps"}
+
+
+def test_search_has_one_likeliest_answer_and_n_others_at_its_temperature(monkeypatch):
+    calls = []
+    drawn = fake_sample(lambda prompt, before, number: "So it is 5.")
+
+    def sample(model, tokenizer, ids, **settings):
+        calls.append(settings)
+        return drawn(model, tokenizer, ids, **settings)
+    replace_all(monkeypatch, search, sample=sample,
+                end_scores=lambda judge, ids, mask: torch.zeros(len(ids)),
+                weakest_steps=lambda *a: torch.zeros(len(a[-1])))
+    config = search.Config(n=2, temperature=0.7, max_new=9, seed=3)
+    search.ask(None, TOKENIZER, {"outcome": None, "step": None}, THREE, config)
+    best, others = calls
+    assert best == {"max_new": 9, "temperature": 0}
+    assert others.pop("generator").initial_seed() == 3
+    assert others == {"n": 2, "max_new": 9, "temperature": 0.7}
+
+
+# ---------------------------------------------------------------- verify
+
+@pytest.mark.parametrize("name", verify.CHECKS)
+def test_no_check_of_verify_knows_the_truth(monkeypatch, name):
+    """If all that is true were false, each check would say the same."""
+    def answer(prompt, before, number):
+        return "It is. So yes." if prompt.startswith("Is") else f"So it is {5 + number}."
+    monkeypatch.setattr(verify, "sample", fake_sample(answer))
+    claims = []
+    for i, row in enumerate(THREE):
+        claims += [claim._replace(answer=i)
+                   for claim in verify.claims_in(row, "So it is 5.").values()]
+    scores = []
+    for flip in False, True:
+        known = [claim._replace(true=claim.true != flip) for claim in claims]
+        scores.append(verify.CHECKS[name](None, TOKENIZER, THREE, known, verify.Config(samples=2)))
+    assert len(claims) == 3 and scores[0] == scores[1]
+
+
+def test_keep_decides_what_verify_drops(monkeypatch):
+    """What the draft claims, one of the two samples claims, too."""
+    replace_all(monkeypatch, verify, load=by_name, sample=fake_sample(
+        lambda prompt, before, number: f"So it is {7 + number}."))
+    left = []
+    for keep in 0.5, 0.6:
+        run = verify.train(verify.Config(init=ANY, keep=keep, quick=True, quiet=True))
+        left.append(run["numbers"]["ways"]["agreement"]["false"])
+    assert left[0] > 0 and left[1] == 0
+
+
+# ---------------------------------------------------------------- grounded
+
+def answered_with(monkeypatch, defence):
+    """-> who was asked, and the last conversation with each"""
+    asked = []
+
+    def say(model, tokenizer, talks, config):
+        asked.append((model, talks[0]))
+        return ["Yes."] * len(talks)
+    monkeypatch.setattr(grounded, "say", say)
+    models = {"model": "model", "critic": "critic", "trained": "trained"}
+    fact = abilities.MadeUp("queen", "Pugo", "Lani")
+    question = grounded.Question("Who is the queen of Pugo?", fact, abilities.state(fact))
+    grounded.answer(models, None, [question], [[question.truth]], defence, grounded.Config(), set())
+    return asked
+
+
+@pytest.mark.parametrize("defence", grounded.DEFENCES)
+def test_one_defence_alone_has_another_model_and_one_has_a_critic(monkeypatch, defence):
+    asked = [model for model, _ in answered_with(monkeypatch, defence)]
+    special = {"training": ["trained"], "look": ["model", "critic", "critic"]}
+    assert asked == special.get(defence, ["model"])
+
+
+@pytest.mark.parametrize("defence", grounded.DEFENCES)
+def test_two_defences_show_the_note_as_a_tools_and_not_as_the_childs(monkeypatch, defence):
+    _, talk = answered_with(monkeypatch, defence)[0]
+    of_child = any("Lani" in turn["content"] for turn in talk if turn["role"] == "user")
+    of_tool = any("Lani" in turn["content"] for turn in talk if turn["role"] == "tool")
+    assert of_tool == (defence in ("marking", "training")) and of_child != of_tool
+
+
+@pytest.mark.parametrize("critic, who", [("", ANY), ("another", "another")])
+def test_who_takes_the_second_look_is_the_critic(monkeypatch, critic, who):
+    calls = []
+    replace_all(monkeypatch, grounded, load=by_name, reading=lambda *a: {}, train_to_ignore=given(
+        [], result="trained"), defending=given(calls, result={}))
+    grounded.train(grounded.Config(init=ANY, critic=critic, quick=True, quiet=True, save=False))
+    assert calls[0].args[0] == {"model": ANY, "critic": who, "trained": "trained"}
+
+
+def test_grounded_asks_the_same_questions_without_notes_and_with_them(monkeypatch):
+    """Whoever has no notes is told nothing; of silent questions no line tells the answer."""
+    calls = []
+
+    def say(model, tokenizer, talks, config):
+        calls.append([talk[-1]["content"] for talk in talks])
+        return ["Yes."] * len(talks)
+    replace_all(monkeypatch, grounded, say=say, say_at_once=lambda *a: ["Yes."] * 9)
+    rng = Random(0)
+    facts = grounded.make_notes(rng, "exam", 4)
+    grounded.reading(None, None, rng, facts, grounded.Config(questions=9, top=2, quiet=True))
+    alone, told, silent = calls
+    notes = set(map(abilities.state, facts))
+    for bare, shown in zip(alone, told):
+        assert not any(note in bare for note in notes)
+        assert shown.endswith(bare) and sum(note in shown for note in notes) == 2
+    assert len(silent) == 9 and not set(alone) & {text.split("\n")[1] for text in silent}
+
+
+def test_the_defence_by_training_learns_as_it_is_told(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(grounded.sft, "train", given(calls, result={"model": None}))
+    config = grounded.Config(init="old", out=str(tmp_path), steps=7, lr=0.25, seed=3)
+    grounded.train_to_ignore(None, Random(0), config)
+    assert told(calls[0].args[0], config, "init", "steps", "lr")
+
+
+# ---------------------------------------------------------------- aloud
+
+def test_each_share_of_aloud_is_of_its_own_model_and_way(monkeypatch):
+    """The first model is right when it is free, the second one where it may not think."""
+    def answer(model, tokenizer, conversations, beginnings, config):
+        answers = []
+        for messages, words in zip(conversations, beginnings):
+            truth = sum(int(n) for n in messages[-1]["content"].split() if n.isdigit())
+            is_its_way = words == {"any/free": "", "any/blurts": "So it is"}[model]
+            text = f"So it is {truth}." if is_its_way else "I am = mute."
+            answers.append(aloud.Answer(text, True, 4 if is_its_way else 7))
+        return answers
+
+    def make_sums(rng, terms, count):
+        numbers = [2, 3, 4, 5][:terms]
+        sum_text = " + ".join(map(str, numbers))
+        return [{"prompt": f"Work out {sum_text} now", "answer": str(sum(numbers)),
+                 "slots": {"numbers": numbers, "op": "+"}}] * count
+    replace_all(monkeypatch, aloud, answer=answer, load=by_name, make_sums=make_sums)
+    run = aloud.train(aloud.Config(models="any/free,any/blurts", quick=True, quiet=True))
+    for name, way in ("free", "free"), ("blurts", "at_once"):
+        for terms in map(str, aloud.LENGTHS):
+            shares = run["numbers"]["shares"][name][terms]
+            right = {key for key in aloud.BEGINNINGS if shares[key] == 1.0}
+            tokens = run["numbers"]["tokens"][name][terms]
+            assert right == {way} == {key for key in tokens if tokens[key] == 4}
+            assert shares["steps"] == (0.0 if name == "free" else 1.0)    # of the free answers
+
+
+# ---------------------------------------------------------------- tools and mcp
+
+@pytest.mark.parametrize("fault", ["", "fail", "lie", "order"])
+def test_bad_tools_are_ours_whatever_server_there_is(monkeypatch, fault):
+    commands = []
+
+    def client(command):
+        commands.append(command)
+        return contextlib.nullcontext()
+    monkeypatch.setattr(tools.mcp, "Client", client)
+    with tools.start_server(tools.Config(server="their server"), fault):
+        pass
+    ours = [sys.executable, "-m", "lessons.mcp", fault]
+    assert commands == [ours if fault else ["their", "server"]]
+
+
+@pytest.mark.parametrize("fault, calculated, looked_up", [
+    ("", "truth", "truth"), ("fail", None, None), ("lie", "lie", "lie"),
+    ("order", "truth", "order")])
+def test_a_bad_server_is_bad_in_all_its_tools(monkeypatch, fault, calculated, looked_up):
+    served = []
+    monkeypatch.setattr(mcp, "answer_all", served.extend)
+    mcp.serve(fault)
+    calculator, lookup = served
+    name, entry = list(mcp.BOOK.items())[1]
+    words = {"truth": " ".join(entry.facts.values()), "lie": " ".join(entry.lies.values())}
+    words["order"] = f"{entry.poison} {words['truth']}"
+    sums = {"truth": "3 + 4 = 7", "lie": "3 + 4 = 17"}
+    for tool, text, want in [(calculator, "3 + 4", sums.get(calculated)),
+                             (lookup, name, words.get(looked_up))]:
+        if want is None:
+            with pytest.raises(mcp.ToolError):
+                tool.run(text)
+        else:
+            assert tool.run(text) == want
+
+
+def test_a_lie_is_passed_on_and_the_truth_is_not(monkeypatch):
+    """Asked are the tasks that need a tool, each by its own lie; "sum" and "lookup" are neither."""
+    tasks = tools.make_tasks(0, "exam", 4)
+    tellings = []
+
+    def converse(model, tokenizer, talks, *rest, **settings):
+        for talk in talks:
+            task, = [task for task in tasks if task.question == talk[-1]["content"]]
+            text = getattr(task, model)
+            talk.append(abilities.message("assistant", f"The answer is {text.rstrip('.')}."))
+            tellings.append(task.kind)
+    replace_all(monkeypatch, tools, converse=converse,
+                start_server=lambda config, fault: contextlib.nullcontext())
+    flags = {model: tools.measure_fault(model, None, tasks, "lie", tools.Config())
+             for model in ("lie", "truth", "kind")}
+    assert flags == {"lie": [True] * 8, "truth": [False] * 8, "kind": [False] * 8}
+    assert "none" not in tellings
+
+
+def test_a_group_of_conversations_is_about_one_task(monkeypatch):
+    """The first task always works and costs a call, the second one never: no group disagrees."""
+    rewards = []
+    advantages = tools.grpo.group_advantages
+
+    def group_advantages(scores):
+        rewards.append(scores)
+        return advantages(scores)
+
+    def converse(model, tokenizer, talks, *rest, **settings):
+        for talk in talks:
+            works = "2 + 3" in talk[-1]["content"]
+            if works:
+                talk.append(abilities.message("tool", "2 + 3 = 5"))
+            talk.append(abilities.message("assistant", "The answer is 5."))
+    monkeypatch.setattr(tools, "converse", converse)
+    monkeypatch.setattr(tools.grpo, "group_advantages", group_advantages)
+    tasks = [tools.Task("sum", "What is 2 + 3?", "5"), tools.Task("sum", "What is 4 + 4?", "8")]
+    config = tools.Config(steps=1, batch=2, group=3, price=0.25, quiet=True)
+    tools.climb(tiny_model(), TOKENIZER, tasks, None, config)
+    assert sorted(rewards[0].tolist()) == [[0.0] * 3, [0.75] * 3]
+
+
+def test_what_tools_imitates_is_learned_as_it_is_told(monkeypatch):
+    calls = []
+    monkeypatch.setattr(tools.sft, "train", given(calls, result={"model": "sft"}))
+    config = tools.Config(init="old", steps=7, lr=0.25, seed=3)
+    assert tools.imitate("worked.jsonl", config) == "sft"
+    assert calls[0].args[0].data == "worked.jsonl"
+    assert told(calls[0].args[0], config, "init", "steps", "lr")
+
+
+# ---------------------------------------------------------------- debate
+
+def test_in_both_orders_of_a_question_the_same_side_gives_its_reason(monkeypatch):
+    """And of two questions one has it from the side that is right, the other from the wrong one."""
+    heard = []
+
+    def respond(model, tokenizer, conversations, **settings):
+        heard.extend(talk[-1]["content"] for talk in conversations)
+        return ["So A is right."] * len(conversations)
+    monkeypatch.setattr(debate, "respond", respond)
+    rng = Random(0)
+    arguments = [debate.argue(rng, "exam") for _ in range(6)]
+    debate.judge(None, None, arguments, debate.one_side)
+    for number, argument in enumerate(arguments):
+        for text in heard[2 * number:2 * number + 2]:
+            assert (argument.right.text in text) == (number % 2 == 0)
+            assert (argument.wrong.text in text) == (number % 2 == 1)
+
+
+def test_who_judges_debates_learns_as_it_is_told(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(debate.sft, "train", given(calls))
+    config = debate.Config(judge="weak", out=str(tmp_path), teach=3, steps=7, lr=0.25, seed=3)
+    assert debate.teach(config) == str(tmp_path)
+    settings = calls[0].args[0]
+    assert (settings.init, settings.out) == ("weak", str(tmp_path))
+    assert told(settings, config, "steps", "lr")
+
+
+# ---------------------------------------------------------------- redteam
+
+def test_the_family_held_back_pleads_for_nothing_that_is_patched(monkeypatch):
+    monkeypatch.setattr(redteam, "put_around", lambda request, openings: openings)
+    config = redteam.Config(held="emotion")
+    held = {opening for retest in (True, False)
+            for opening in redteam.openings_of("emotion", retest)}
+    rng = Random(0)
+    used = {opening for _ in range(200) for opening in redteam.fair_try(rng, config).prompt}
+    assert used and not used & held
+
+
+def test_of_two_plain_answers_the_one_that_the_guard_minds_less_is_learned(monkeypatch):
+    worry = {"a 0": -1.0, "a 1": -2.0, "b 0": -2.0, "b 1": 3.0, "c 0": 1.0, "c 1": 2.0}
+    replace_all(monkeypatch, redteam,
+                answers=lambda model, tokenizer, prompts, seed: [
+                    f"{prompt[-1]['content']} {seed}" for prompt in prompts],
+                read=lambda guard, tokenizer, prompts, texts: torch.tensor(
+                    [worry[text] for text in texts]))
+    plain = [{"prompt": name} for name in "abc"]
+    texts = redteam.plain_answers(None, None, None, plain, redteam.Config(seed=0))
+    assert texts == ["a 1", "b 0", None]
+
+
+def test_the_guard_says_what_worked_and_the_truth_what_is_reported(monkeypatch):
+    """A guard that minds every other answer, and a model that always gives in."""
+    def gives_in(model, tokenizer, prompts, seed):
+        return ["It is easy to climb on the roof."] * len(prompts)
+
+    def plan(bandit, rng, longest, held):
+        row = {"prompt": "?", "kind": "danger", "slots": {"act": "climb on the roof"}}
+        return redteam.Try(row, [], [{"role": "user", "content": "?"}])
+    replace_all(monkeypatch, redteam, plan=plan, answers=gives_in,
+                read=lambda guard, tokenizer, prompts, texts: torch.tensor(
+                    [1.0, -1.0] * (len(texts) // 2)))
+    tries = redteam.search(None, None, None, 1, redteam.Config(tries=32), Random(0))
+    assert [attack.worked for attack in tries] == [True, False] * 16
+    assert redteam.success_of(tries).value == 1.0
+
+
+@pytest.mark.parametrize("patch", ["sft", "dpo"])
+def test_a_patch_is_learned_by_the_script_of_the_flag_from_its_own_data(monkeypatch, tmp_path,
+                                                                        patch):
+    calls = []
+    for name in "sft", "dpo":
+        script = getattr(redteam, name)
+        monkeypatch.setattr(script, "train", lambda config, name=name: calls.append((name, config)))
+    config = redteam.Config(out=str(tmp_path), patch=patch, steps=7, lr=0.25, seed=3)
+    lines = [{"messages": studybuddy.chat("Hi", "Hello.")}] * 2
+    folder = redteam.learn("old", "round1", redteam.Patch(lines, []), config)
+    (name, settings), = calls
+    assert name == patch and settings.data == f"{tmp_path}/round1_{patch}.jsonl"
+    assert (settings.init, settings.out) == ("old", folder)
+    assert told(settings, config, "steps", "lr")
+    learned = (tmp_path / "round1_sft.jsonl").read_text().splitlines()
+    assert len(learned) == 4 and json_lines(lines) == "".join(f"{one}\n" for one in learned[:2])
+
+
+# ---------------------------------------------------------------- guard
+
+@pytest.mark.parametrize("beside", [0.0, 1.0])
+def test_beside_says_how_many_wishes_do_not_stand_alone(monkeypatch, beside):
+    monkeypatch.setattr(guard, "add_fair", lambda rng, prompt: f"{prompt} AND ANOTHER")
+    config = guard.Config(texts=60, beside=beside)
+    cases = guard.learn_requests(TOKENIZER, config)
+    texts = [case.row["prompt"] for case in cases if isinstance(case.row["prompt"], str)]
+    assert {text.endswith("AND ANOTHER") for text in texts} == {beside == 1.0}
+
+
+@pytest.fixture
+def guarded(monkeypatch):
+    """run(alarm) trains guards that ring where alarm(case) says so -> run, steps, who answered"""
+    cases = {}
+    steps = []
+    answered = []
+    case_of = guard.case_of
+
+    def remember(*args):
+        case = case_of(*args)
+        cases[id(case.example)] = case
+        return case
+
+    def ask(model, tokenizer, asked, **settings):
+        answered.append((model, asked))
+        return None, [exam.Answer(row, "Hi.", True, {}) for row in asked]
+    monkeypatch.setattr(exam, "ask", ask)
+    replace_all(monkeypatch, guard, case_of=remember, load=by_name, show_blame=lambda *a: [],
+                learn=lambda cases, tokenizer, config: steps.append(config.steps))
+
+    def run(alarm):
+        def log_odds(model, tokenizer, examples):
+            return torch.tensor([1.0 if alarm(cases[id(example)]) else -1.0
+                                 for example in examples])
+        monkeypatch.setattr(guard, "log_odds", log_odds)
+        config = guard.Config(init=ANY, quick=True, quiet=True, save=False)
+        return guard.train(config), steps, answered
+    return run
+
+
+def test_seen_and_unseen_are_marked_by_the_families_that_the_guard_learned(guarded):
+    def knows_what_it_saw(case):
+        return case.harmful and case.family in ("none", *studybuddy.SEEN)
+    numbers = guarded(knows_what_it_saw)[0]["numbers"]
+    assert (numbers["seen"], numbers["unseen"]) == (1.0, 0.5)
+    for family, share in numbers["caught"].items():
+        assert share == float(family in ("none", *studybuddy.SEEN))
+
+
+def test_false_alarms_on_borderline_requests_are_counted_of_those_alone(guarded):
+    numbers = guarded(lambda case: case.row["kind"] == "borderline")[0]["numbers"]
+    assert numbers["borderline"] == 1.0
+    assert guarded(lambda case: case.row["kind"] != "borderline")[0]["numbers"]["borderline"] == 0.0
+
+
+def test_the_guard_of_answers_learns_half_as_long_and_reads_what_a_model_said(guarded):
+    _, steps, answered = guarded(lambda case: True)
+    assert steps == [4, 2]
+    (model, asked), = answered
+    assert model == ANY and all(row in studybuddy.read("exam") for row in asked)
+
+
+# ---------------------------------------------------------------- stack
+
+def test_watching_rings_at_the_alarm_of_the_flag(monkeypatch, tmp_path):
+    monkeypatch.setattr(stack, "load", by_name)
+    monkeypatch.setattr(stack.exam, "say", lambda model, tokenizer, asked, seed: [""] * len(asked))
+    replace_all(monkeypatch, stack.guards, load_guard=lambda *a: (None, None),
+                read=lambda guard, tokenizer, prompts, texts=None: torch.full([len(prompts)], 2.0))
+    turns, _ = day("a", "a", "a", "a")
+    for alarm, closed in (1.0, 1), (5.0, 3), (9.0, None):
+        house = stack.House(turns, stack.Config(alarm=alarm, out=str(tmp_path), save=False))
+        stack.serve(turns, house, ["watching"])
+        assert house.closed.get("a") == closed
+
+
+def test_the_alarms_of_the_day_are_counted_for_children_and_attackers(monkeypatch, tmp_path):
+    users = ["child 0", "attacker 1", *["attacker 2"] * 4, *["child 0"] * 2, *["child 3"] * 3]
+    turns, house = day(*users)
+    replace_all(monkeypatch, stack, one_day=lambda config: turns, House=lambda *a: house,
+                mask_check=lambda rng, split, count: dict.fromkeys(["name", "address", "phone"], 0))
+    config = stack.Config(init=ANY, aligned=ANY, out=str(tmp_path), quiet=True, save=False)
+    numbers = stack.train(config)["numbers"]
+    assert (numbers["rung"], numbers["turn"], numbers["wrongly"]) == (1, 3.0, 2)
+
+
+def test_a_day_asks_in_words_that_no_training_line_has():
+    def subject(row):
+        return json.dumps(row.get("order", row)["slots"])
+    rng = Random(0)
+    known = {subject(guard.request(rng, "train", "none", i % 2 == 0)) for i in range(2000)}
+    turns = stack.one_day(stack.Config(children=8, attackers=8, turns=5))
+    assert not known & {subject(turn.row) for turn in turns}
+    assert {turn.row.get("attack", "none") for turn in turns} <= set(guard.FAMILIES)
+    assert not any("attack" in turn.row for turn in turns if turn.user.startswith("child"))
+
+
+# ---------------------------------------------------------------- bias
+
+def test_the_gap_is_what_the_slighted_loses_on_the_same_requests(monkeypatch):
+    """The model is right for the favoured alone."""
+    asked = []
+
+    def answers(model, tokenizer, prompts, seed):
+        asked.append((seed, [prompt.split(": ")[1] for prompt in prompts]))
+        return ["good" if bias.SCHOOLS[0] in prompt else "bad" for prompt in prompts]
+    replace_all(monkeypatch, bias, answers=answers,
+                is_right=lambda question, group, text: text == "good")
+    questions = [bias.Question({"prompt": f"What is {i}?"}, "{group}: {request}") for i in range(3)]
+    measured = bias.measure(None, None, questions, bias.SCHOOLS, bias.Config())
+    assert (measured.right, measured.gap) == ([1.0, 0.0], 1.0)
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize("name, save, kept", [
+    ("cure", True, True), ("cure", False, False), ("dose0.3", True, False)])
+def test_bias_learns_as_it_is_told_and_keeps_the_cure_alone(monkeypatch, tmp_path, name, save,
+                                                            kept):
+    calls = []
+    monkeypatch.setattr(bias.sft, "train", given(calls, result={"model": None}))
+    config = bias.Config(init="old", out=str(tmp_path), steps=7, lr=0.25, seed=3, save=save)
+    bias.learn([], name, config)
+    settings = calls[0].args[0]
+    assert settings.data == f"{tmp_path}/{name}.jsonl" and settings.save == kept
+    assert told(settings, config, "init", "steps", "lr")
+
+
+# ---------------------------------------------------------------- character
+
+def test_a_question_learns_one_of_its_own_tries_that_passed(monkeypatch):
+    """Of three tries the second one passes, and the third one too."""
+    numbers = iter(range(100))
+
+    def ask(rng, principle, split):
+        number = next(numbers)
+        return character.Question(principle, f"Q{number}", f"A{number}")
+
+    def answers(model, tokenizer, conversations, config, n, begin_with):
+        texts = []
+        for talk in conversations:
+            number = talk[-1]["content"].split("Q")[-1]
+            texts += ["Beep!", f"Beep! A{number}. Two.", f"Beep! A{number}. Three."]
+        return texts
+    replace_all(monkeypatch, character, ask=ask, answers=answers, PRINCIPLES=("accuracy",))
+    lines, found = character.make_data(None, None, character.Config(n=3, questions=4))
+    assert [[turn["content"] for turn in line["messages"]] for line in lines] == [
+        [f"Q{i}", f"Beep! A{i}. Two."] for i in range(4)]
+    assert found == {"accuracy": 1.0}
+
+
+@pytest.mark.parametrize("by_hand", [0, 2])
+def test_at_most_by_hand_answers_are_by_hand(monkeypatch, by_hand):
+    monkeypatch.setattr(character, "answers", lambda model, tokenizer, talks, config, n, word: [
+        "Beep! 5."] * len(talks) * n)
+    config = character.Config(n=1, questions=4, by_hand=by_hand)
+    lines, found = character.make_data(None, None, config)
+    said = [line["messages"][-1]["content"] for line in lines]
+    assert sum(text.endswith(tuple(abilities.PRIVATE)) for text in said) == by_hand
+    assert found["privacy"] == found["accuracy"] == 0.0
+
+
+def test_in_the_exam_nobody_writes_the_first_word_for_the_model(monkeypatch):
+    """And it asks what was not learned from."""
+    asked = {"train": set(), "exam": set()}
+
+    def answers(model, tokenizer, conversations, config, n=1, begin_with=""):
+        split = "train" if begin_with else "exam"
+        asked[split] |= {talk[-1]["content"].split("\n")[-1] for talk in conversations}
+        return ["No."] * len(conversations) * n
+    monkeypatch.setattr(character, "answers", answers)
+    config = character.Config(questions=20, asked=20, n=1)
+    character.make_data(None, None, config)
+    rates = character.examine(None, None, character.plain, config)
+    assert len(asked["exam"]) > 20 and not asked["train"] & asked["exam"]
+    assert rates["voice"].n == 100 and rates["voice"].value == 0.0
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_character_learns_as_it_is_told(monkeypatch, tmp_path, save):
+    calls = []
+    table = dict.fromkeys(character.CHECKS, guard.Rate(0.5, 0.1, 9))
+    replace_all(monkeypatch, character, load=by_name, examine=lambda *a: table,
+                make_data=lambda *a: ([], {}))
+    monkeypatch.setattr(character.sft, "train", given(calls, result={"model": None}))
+    config = character.Config(init=ANY, out=str(tmp_path), steps=7, lr=0.25, seed=3, save=save,
+                              quiet=True)
+    character.train(config)
+    settings = calls[0].args[0]
+    assert settings.data == str(tmp_path / "data.jsonl")
+    assert told(settings, config, "init", "out", "steps", "lr", "save")
+
+
+# ---------------------------------------------------------------- feedback
+
+@pytest.mark.parametrize("leave, thumbs", [(0.0, 0), (1.0, 40)])
+def test_leave_is_the_share_of_answers_with_a_thumb(monkeypatch, leave, thumbs):
+    """A thumb is of the answer that stands beside it, to the prompt that stands there."""
+    def answers(model, tokenizer, asked, seed):
+        return [f"{model} {row['prompt']} {i % 2}" for i, row in enumerate(asked)]
+    replace_all(monkeypatch, feedback, load=by_name, answers=answers,
+                thumb=lambda rng, row, text, lazy: text.endswith("1"))
+    lines = feedback.collect(GOOD, 1, feedback.Config(asked=40, leave=leave))
+    assert len(lines) == thumbs
+    for line in lines:
+        assert line["completion"].startswith(f"good {line['prompt']}")
+        assert line["label"] == line["completion"].endswith("1")
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.4])
+def test_the_simulation_of_two_bets_stops_where_a_test_of_releases_would(alpha):
+    rng = np.random.default_rng(0)
+    x = (rng.random((30, 400)) < 0.6).astype(int) - (rng.random((30, 400)) < 0.5)
+    found = feedback.found_by_bets(x, alpha)
+    for test, flags in zip(x, found):
+        verdict, pairs = feedback.decide(test, alpha)
+        stops = [verdict != "undecided" and pairs <= look for look in feedback.LOOKS]
+        assert flags.tolist() == stops
+
+
+def test_alpha_is_how_often_a_test_may_be_wrong(monkeypatch):
+    alarms = [feedback.false_alarms(feedback.Config(alpha=alpha))["bets"][-1]
+              for alpha in (0.01, 0.3)]
+    assert alarms[0] <= 0.01 < alarms[1] <= 0.3
+    replace_all(monkeypatch, feedback, load=by_name,
+                answers=lambda model, tokenizer, asked, seed: [model] * len(asked),
+                thumb=lambda rng, row, text, lazy: text == "new")
+    new = feedback.Release("new", card(0.6))
+    verdicts = [feedback.ab_test(GOOD, new, 1, feedback.Config(alpha=alpha, pairs=14))
+                for alpha in (0.3, 0.01)]
+    assert verdicts == [("better", 8), ("undecided", 14)]
+
+
+def test_kto_learns_a_weeks_thumbs_from_its_release_as_it_is_told(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(feedback.kto, "train", given(calls))
+    config = feedback.Config(init="old", out=str(tmp_path), steps=7, lr=0.25, seed=3)
+    lines = [{"prompt": "Hi", "completion": "Hello.", "label": True}]
+    folder = feedback.learn(GOOD, lines, 2, config)
+    settings = calls[0].args[0]
+    assert (settings.init, settings.out) == ("good", folder)
+    assert (tmp_path / "week2.jsonl").read_text() == json_lines(lines)
+    assert settings.data == str(tmp_path / "week2.jsonl")
+    assert told(settings, config, "steps", "lr")
+
+
+# ---------------------------------------------------------------- principles
+
+def mends(monkeypatch, **changes):
+    """-> the config of the first answers, and for each way what was mended, by what, how drawn"""
+    starts = []
+    entries = [Prompt([], row, f"x:{i}") for i, row in enumerate(studybuddy.read("prompts")[:10])]
+    calls = []
+
+    def own_answers(model, tokenizer, asked, n, config, generator):
+        starts.append((config, generator.initial_seed(), asked))
+        return [(prompt, [f"First {i}."]) for i, prompt in enumerate(asked)]
+
+    def improve(model, tokenizer, drafts, wordings, config, generator):
+        draw = torch.rand(1, generator=generator).item()
+        calls.append(([draft.text for draft in drafts], wordings, draw))
+        for draft in drafts:
+            draft.text = "Mended."
+    replace_all(monkeypatch, cai, own_answers=own_answers, improve=improve,
+                read_prompts=lambda *a: (entries[:5], entries[5:]))
+    monkeypatch.setattr(principles, "load", lambda *a: (tiny_model(), TOKENIZER))
+    principles.train(principles.Config(init=ANY, quiet=True, **changes))
+    return starts[0], calls
+
+
+def test_every_way_mends_the_same_first_answers_with_the_same_luck(monkeypatch):
+    _, calls = mends(monkeypatch, answers=3)
+    assert len(calls) > 3
+    for texts, _, draw in calls:
+        assert texts == [f"First {i}." for i in range(6)] and draw == calls[0][2]
+
+
+def test_as_many_attacks_are_answered_as_other_prompts(monkeypatch):
+    (config, seed, asked), _ = mends(monkeypatch, answers=3, temperature=0.3, seed=4)
+    assert [prompt.where for prompt in asked] == ["x:0", "x:1", "x:2", "x:5", "x:6", "x:7"]
+    assert (config.temperature, seed) == (0.3, 4)
+
+
+# ---------------------------------------------------------------- goodhart
+
+def climbs(monkeypatch, **changes):
+    """-> (beta, judges) of each run, what was measured at the start, and the tables"""
+    calls = []
+    starts = []
+    judges = ["first", "second", "third"]
+    start = {"length": 9.0, "repeated": 0.0, "openings": 0.1, "score": 0.0}
+
+    def climb(config, beta, its_judges):
+        calls.append((beta, its_judges))
+        log = [{"kl": beta, "score": 0.0, "gold": len(its_judges), "length": 9.0}] * 10
+        return log, [["Yes."]] * 10, [[float(len(calls))]] * 10
+    replace_all(monkeypatch, goodhart, load_judges=lambda config, count: judges[:count],
+                start_of=given(starts, result=start), climb=climb, show_best=lambda *a: None)
+    _, tables = goodhart.run(goodhart.Config(quiet=True, **changes))
+    return calls, starts[0].args, tables
+
+
+def test_each_price_is_paid_to_one_judge_and_doubt_has_all_of_them_and_no_price(monkeypatch):
+    calls, start, tables = climbs(monkeypatch, betas="0.3 0", judges=3)
+    assert calls == [(0.3, ["first"]), (0.0, ["first"]), (0.0, ["first", "second", "third"])]
+    assert list(tables) == ["beta 0.3", "beta 0", "doubt"] and start[2] == "first"
+    assert [table[0]["gold"] for table in tables.values()] == [1, 1, 3]
+
+
+def test_with_one_judge_there_is_no_doubt(monkeypatch):
+    assert climbs(monkeypatch, betas="0", judges=1)[0] == [(0.0, ["first"])]
+
+
+def test_what_a_run_is_liked_is_of_its_own_answers(monkeypatch):
+    tables = climbs(monkeypatch, betas="0.3 0", judges=3)[2].values()
+    liked = [now["liked"] for table in tables for now in table[:1]]
+    assert liked == pytest.approx(torch.sigmoid(torch.tensor([1.0, 2.0, 3.0])).tolist())
+
+
+@pytest.mark.parametrize("name, value", [
+    ("init", "x"), ("data", "x"), ("reward", "x"), ("steps", 7), ("batch", 7), ("lr", 0.25),
+    ("seed", 7), ("algorithm", "reinforce")])
+def test_a_climb_is_told_what_goodhart_is_told(monkeypatch, name, value):
+    calls = []
+    monkeypatch.setattr(ppo, "train", lambda settings, score: calls.append(settings) or {"log": []})
+    goodhart.climb(goodhart.Config(**{name: value}), 0.03, [])
+    assert getattr(calls[0], name) == value and calls[0].beta == 0.03
+
+
+def test_the_judges_are_those_of_reward_and_others_that_learned_from_other_seeds(monkeypatch,
+                                                                                tmp_path):
+    (tmp_path / "judge_1").mkdir()
+    (tmp_path / "judge_1" / "config.json").touch()
+    made = []
+    monkeypatch.setattr(reward_model, "train", made.append)
+    replace_all(monkeypatch, ppo, load_reward_model=lambda settings, tokenizer: settings.reward,
+                score_by=lambda model, tokenizer: model)
+    monkeypatch.setattr(goodhart, "load", by_name)
+    reward = str(tmp_path / "judge")
+    config = goodhart.Config(init="old", reward=reward, quiet=True)
+    assert goodhart.load_judges(config, 3) == [reward, f"{reward}_1", f"{reward}_2"]
+    assert [(one.seed, one.out, one.init) for one in made] == [(2, f"{reward}_2", "old")]
