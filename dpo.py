@@ -209,7 +209,7 @@ def longest(pair):
 def read_pairs(config, tokenizer, context):
     """SEAM: your own format goes here. rows.read_pairs reads the usual ones, texts or messages; all
     that is needed of a line is a prompt and two texts. -> pairs to learn from, pairs held out"""
-    pairs, long = [], []
+    pairs, prompts, long = [], [], []
     for line in rows.read_pairs(config.data):
         chosen = render_answer(tokenizer, line.prompt, line.chosen)
         rejected = render_answer(tokenizer, line.prompt, line.rejected)
@@ -218,6 +218,7 @@ def read_pairs(config, tokenizer, context):
         pair = Pair(chosen, rejected, line.row)
         if longest(pair) <= context:
             pairs.append(pair)
+            prompts.append(line.prompt)
         else:
             long.append(line.where)
     if long and not config.drop:
@@ -225,7 +226,7 @@ def read_pairs(config, tokenizer, context):
                         f"{len(long) - 1} others: shorten them, or leave them out with --drop")
     if long:
         config.say(f"{len(long)} pairs are left out: longer than the model's {context} tokens")
-    return hold_out(pairs)
+    return hold_out(pairs, prompts)
 
 
 def answer_logps(model, pairs, tokenizer, mean=False):

@@ -244,12 +244,7 @@ def read_prompts(config, tokenizer, context):
             raise UserError(f"{line.where}: the prompt leaves {room} of the models' {context} "
                             f"tokens; --max-new wants {config.max_new}")
         prompts.append(Prompt(ids, line.messages, line.row))
-    train, held = hold_out(prompts, most=64)
-    known = [prompt.ids for prompt in train]
-    held = [prompt for prompt in held if prompt.ids not in known]
-    if not held:
-        raise UserError(f"{config.data}: too few different prompts to hold out one")
-    return train, held
+    return hold_out(prompts, [prompt.messages for prompt in prompts], most=64)
 
 
 def score_by(reward_model, tokenizer):

@@ -1313,12 +1313,13 @@ def test_the_reward_model_is_read_at_the_end_token():
 
 def test_ppo_holds_out_no_prompt_that_it_learns_from(tmp_path):
     lines = [{"prompt": f"What is {i}?"} for i in range(20)]
-    lines += lines[1:8] + [{"prompt": "What else?"}]        # the 21st row is held out, too
+    lines += lines[1:8] + [{"prompt": "What else?"}]        # the 21st row is asked before
     config = ppo.Config(data=write_lines(tmp_path / "asks.jsonl", lines))
     prompts, held = ppo.read_prompts(config, TOKENIZER, 256)
     learned = {prompt.row["prompt"] for prompt in prompts}
     kept = {prompt.row["prompt"] for prompt in held}
     assert kept and not kept & learned
+    assert len(prompts) + len(held) == len(lines)
     assert kept | learned == {line["prompt"] for line in lines}
 
 
@@ -1932,6 +1933,7 @@ def test_orpo_stays_finite_near_certainty(chosen, rejected):
 # data
 
 HI = {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."}
+BYE = {"prompt": "Bye", "chosen": "Bye.", "rejected": "Go."}
 
 
 def read_pairs(folder, lines, **changes):
@@ -1942,7 +1944,7 @@ def read_pairs(folder, lines, **changes):
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_flip_swaps_the_answers(flip, tmp_path):
-    pairs, _ = read_pairs(tmp_path, [HI, HI], flip=flip)
+    pairs, _ = read_pairs(tmp_path, [BYE, HI], flip=flip)
     answers = [example("Hi", "Hello."), example("Hi", "Go.")]
     if flip:
         answers.reverse()
@@ -1952,9 +1954,16 @@ def test_flip_swaps_the_answers(flip, tmp_path):
 def test_long_pairs_are_an_error_or_left_out(tmp_path):
     long = HI | {"rejected": "b c d e f g " * 60}
     with pytest.raises(M.UserError, match="pairs.jsonl:2: longer.*--drop"):
-        read_pairs(tmp_path, [HI, long, HI])
-    pairs, held = read_pairs(tmp_path, [HI, long, HI], drop=True)
+        read_pairs(tmp_path, [BYE, long, HI])
+    pairs, held = read_pairs(tmp_path, [BYE, long, HI], drop=True)
     assert len(pairs) + len(held) == 2
+
+
+def test_dpo_holds_out_no_prompt_that_it_learns_from(tmp_path):
+    lines = [HI | {"prompt": f"Ask {i % 7}", "chosen": f"{i}."} for i in range(21)]
+    pairs, held = read_pairs(tmp_path, lines)
+    assert [pair.row["prompt"] for pair in held] == 3 * ["Ask 0", "Ask 4"]
+    assert len(pairs) == 15
 
 
 # the loop

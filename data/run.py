@@ -225,14 +225,22 @@ def batches(rows, lengths, size, generator):
             yield [rows[i] for i in groups[g][RANK::PROCESSES]]
 
 
-def hold_out(rows, most=128):
-    """Every k-th row is held out: a quarter of few rows, about `most` of many. -> rows to learn
-    from, rows held out"""
-    if len(rows) < 2:
-        raise UserError(f"--data: {len(rows)} rows; want at least 2, as one is held out")
-    every = max(2, min(len(rows), max(4, len(rows) // most)))
-    train = [row for i, row in enumerate(rows) if i % every != 0]
-    return train, rows[::every]
+def hold_out(rows, prompts=None, most=128):
+    """Every k-th prompt is held out with all rows that answer it, or what is measured on them would
+    be memory in part: a quarter of few rows, about `most` of many. Without prompts each row stands
+    for itself. -> rows to learn from, rows held out"""
+    if prompts is None:
+        prompts = range(len(rows))
+    names = [str(prompt) for prompt in prompts]
+    different = list(dict.fromkeys(names))                      # each once, in their order
+    if len(different) < 2:
+        raise UserError(f"--data: {len(rows)} rows, {len(different)} different prompts; want at "
+                        "least 2, as one is held out")
+    every = max(2, min(len(different), max(4, len(rows) // most)))
+    apart = set(different[::every])
+    train = [row for row, name in zip(rows, names) if name not in apart]
+    held = [row for row, name in zip(rows, names) if name in apart]
+    return train, held
 
 
 def parts(rows, n):

@@ -1917,7 +1917,7 @@ def test_help_into_a_closed_pipe_says_nothing():
 
 
 def test_too_few_rows_name_the_flag():
-    assert complaint(house.hold_out, ["one"]).startswith("--data: 1 rows; ")
+    assert complaint(house.hold_out, ["one"]).startswith("--data: 1 rows, ")
 
 
 # ---------------------------------------------------------------- pictures

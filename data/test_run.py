@@ -167,6 +167,15 @@ def test_hold_out(count, held_out):
     assert sorted(learned + held) == list(range(count))
 
 
+def test_a_prompt_is_held_out_with_all_that_answers_it():
+    """Of a b c d e f, each asked twice, every fourth: a and e."""
+    prompts = [{"ask": name} for name in "abcdefabcdef"]
+    learned, held = house.hold_out(list(range(12)), prompts)
+    assert held == [0, 4, 6, 10] and learned == [1, 2, 3, 5, 7, 8, 9, 11]
+    with pytest.raises(M.UserError, match="3 rows, 1 different prompts"):
+        house.hold_out([1, 2, 3], ["same", "same", "same"])
+
+
 # steps
 
 def test_steps_set_the_learning_rate_of_every_optimizer():

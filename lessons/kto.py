@@ -57,19 +57,23 @@ class Thumb(NamedTuple):
 
 
 def read_thumbs(config, tokenizer, context):
-    """-> thumbs to learn from, thumbs held out. Those up and those down are parted in the same way,
-    so that both answers of a pair stay together."""
+    """-> thumbs to learn from, thumbs held out. Of those up and of those down every k-th prompt is
+    held out, and what else answers such a prompt is not learned from."""
     good, bad = [], []
     for judgement in rows.read_judgements(config.data):
         (good if judgement.good else bad).append(judgement)
     if len(good) < 2 or len(bad) < 2:
         raise UserError(f"{config.data}: {len(good)} thumbs up and {len(bad)} down; want at least "
                         "2 of each, as one is held out")
-    good, held_good = hold_out(good)
-    bad, held_bad = hold_out(bad)
-    thumbs = to_thumbs(good + bad, tokenizer, context)
-    held = to_thumbs(held_good + held_bad, tokenizer, context)
-    return thin_out(thumbs, config.share, config.seed), held
+    held = []
+    for kind in good, bad:
+        held += hold_out(kind, [judgement.prompt for judgement in kind])[1]
+    asked = {str(judgement.prompt) for judgement in held}
+    learned = [judgement for judgement in good + bad if str(judgement.prompt) not in asked]
+    if not learned:
+        raise UserError(f"{config.data}: too few different prompts to hold one out")
+    held = to_thumbs(held, tokenizer, context)
+    return thin_out(to_thumbs(learned, tokenizer, context), config.share, config.seed), held
 
 
 def to_thumbs(judgements, tokenizer, context):

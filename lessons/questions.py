@@ -927,7 +927,7 @@ QUESTIONS = [
              "64 questions know a rate to +-0.10: the best of ten is mostly luck.",
              "the same with more questions"),
     Question("the training loss falls in stairs, one an epoch", stairs,
-             "data/run.py", "train = [row for i, row in enumerate(rows) if i % every != 0]",
+             "data/run.py", "train = [row for row, name in zip(rows, names) if name not in apart]",
              "Stairs are memory: keep the checkpoint at which held-out loss is lowest.",
              "as many steps on five times the rows, each seen once"),
     Question("answers are worse in use than in training (BOS twice)", other_template,
