@@ -188,7 +188,8 @@ LOSSES = {
 
 
 def loss_of(chosen, rejected, config):
-    """The loss of this run, with the numbers that it takes."""
+    """The loss of this run, with the numbers that it takes: for dpo it is
+    dpo(chosen, rejected, beta=config.beta)."""
     method = LOSSES[config.loss]
     numbers = {name: getattr(config, name) for name in method.uses}
     return method.function(chosen, rejected, **numbers)
@@ -238,7 +239,8 @@ def answer_logps(model, pairs, tokenizer, mean=False):
         examples.append(pair.rejected)
     ids, mask, answer = collate(examples, tokenizer, model.embed.weight.device)  # (2B, T) each
     # log-softmax and gather: the logits at t - 1 score the token at t (see model.token_logps)
-    logps = token_logps(model, ids, mask, answer).sum(1)        # (2B, T) -> (2B,)
+    logps = token_logps(model, ids, mask, answer)               # (2B, T), 0 outside the answers
+    logps = logps.sum(1)                                        # (2B,)
     if mean:
         logps = logps / answer.sum(1)
     return logps[0::2], logps[1::2]
@@ -274,9 +276,9 @@ def evaluate(policy, reference, pairs, tokenizer, config, against=None):
     toy data also the exam. against: the answers before training, to count who wins."""
     chosen, rejected = [], []
     for part in parts(pairs, n=4):
-        ratios = log_ratios(policy, reference, part, tokenizer)  # two of (B,)
-        chosen.append(ratios[0])
-        rejected.append(ratios[1])
+        won, lost = log_ratios(policy, reference, part, tokenizer)  # (B,) each
+        chosen.append(won)
+        rejected.append(lost)
     card = {"accuracy": share_ahead(torch.cat(chosen), torch.cat(rejected))}
     answers = None
     if exam.knows([pair.row for pair in pairs]):
@@ -296,15 +298,19 @@ def show_pair(pair, tokenizer, config):
 
 @torch.no_grad()
 def show_loss(policy, reference, pair, tokenizer, config):
-    """The equation with the numbers of one pair."""
+    """The equation with the numbers of one pair; the last column is what the loss is given."""
+    method = LOSSES[config.loss]
     logps = answer_logps(policy, [pair], tokenizer)             # chosen and rejected, (1,) each
     ref_logps = answer_logps(reference, [pair], tokenizer)
-    config.say("             log pi   log pi_ref   log-ratio")
-    for name, logp, ref_logp in zip(("chosen", "rejected"), logps, ref_logps):
-        ratio = logp - ref_logp
-        config.say(f"{name:>8}  {logp.item():9.2f}   {ref_logp.item():10.2f}   {ratio.item():9.2f}")
-    chosen, rejected = score_pairs(policy, reference, [pair], tokenizer, config)
-    config.say(f"    loss  {loss_of(chosen, rejected, config).item():9.4f}")
+    given = score_pairs(policy, reference, [pair], tokenizer, config)
+    what = "log-ratio" if method.reference else "mean log pi"
+    config.say(f"             log pi   log pi_ref   {what}")
+    for i, name in enumerate(("chosen", "rejected")):
+        config.say(f"{name:>8}  {logps[i].item():9.2f}   {ref_logps[i].item():10.2f}   "
+                   f"{given[i].item():{len(what)}.2f}")
+    numbers = [f"{name} {getattr(config, name):g}" for name in method.uses]
+    loss = loss_of(*given, config)
+    config.say(f"    loss  {loss.item():9.4f}   with {', '.join(numbers)}")
 
 
 # ---------------------------------------------------------------- training
@@ -342,22 +348,23 @@ def train(config):
 
     log = Log(config)
     for step in steps(config, optimizer):
-        # 1 batch
+        # 1 batch: B pairs
         batch = next(stream)
         seen = []
-        for part in parts(batch, config.accumulate):
+        for part in parts(batch, config.accumulate):            # b pairs
             # 2 score: how much likelier has each answer become than it was under the reference?
+            # (for simpo and orpo: how likely is it, a token?)
             chosen, rejected = score_pairs(policy, reference, part, tokenizer, config)
-            # 3 loss: has the winner gained more than the loser?
-            losses = loss_of(chosen, rejected, config)          # (B,)
+            # 3 loss: is the winner further ahead of the loser?
+            losses = loss_of(chosen, rejected, config)          # (b,)
             (losses.sum() / len(batch)).backward()
-            seen.append(torch.stack([losses, chosen, rejected]).detach())  # (3, B)
+            seen.append(torch.stack([losses, chosen, rejected]).detach())  # (3, b)
         # 4 step
         clip_gradients(policy)
         optimizer.step()
         optimizer.zero_grad()
         # 5 log, in nats. DPO's first loss is ln 2 = 0.6931; chosen often falls, rejected further
-        losses, chosen, rejected = torch.cat(seen, dim=1)       # of the whole batch
+        losses, chosen, rejected = torch.cat(seen, dim=1)       # (B,) each, the whole batch
         accuracy = share_ahead(chosen, rejected)
         lead = (chosen - rejected).mean()
         log(step, loss=losses.mean(), accuracy=accuracy, lead=lead, chosen=chosen.mean(),

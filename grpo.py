@@ -95,14 +95,15 @@ def grpo_loss(logps, old_logps, advantages, answer, weights, method, ref_logps=N
     """log pi and log pi_old (B, T), advantages (B,), weights (B, T) -> (B,), what each answer adds
     to the loss. In plain words, for GRPO itself:
 
+        A = advantages[:, None]                                             (B, 1)
         rho = (logps - old_logps).exp()                                     (B, T)
         J = torch.minimum(rho * A, rho.clamp(0.8, 1.2) * A)                 (B, T)
-        loss = -(J * answer).sum(1) / answer.sum(1) / B                     (B,)
+        loss = -(J * answer).sum(1) / answer.sum(1) / len(answer)           (B,)
 
     Each other method has another ratio, clip or weight; w_it already holds 1/B. While rho is 1
     nothing is clipped, and the gradient is REINFORCE's: - sum_it w_it A_i grad log pi.
     """
-    A = advantages[:, None].expand_as(logps)                    # (B,) -> (B, T)
+    A = advantages[:, None]                                     # (B, 1), for all of its tokens
     rho = method.ratio(logps - old_logps, answer)               # (B, T)
     J = method.clip(rho, A, logps, method.low, method.high)     # (B, T) what each token is worth
     if beta > 0:
@@ -133,7 +134,7 @@ def answer_ratio(log_rho, answer):
 # J_it = min(rho_it A_i, clip(rho_it, 1 - low, 1 + high) A_i)
 # PPO: Schulman et al. 2017 (1707.06347), eq. 7
 def clipped(rho, A, logps, low, high):
-    """A token that moved far is not pushed on. All (B, T)"""
+    """A token that moved far is not pushed on. A (B, 1), the rest (B, T) -> (B, T)"""
     return torch.minimum(rho * A, rho.clamp(1 - low, 1 + high) * A)
 
 
@@ -165,9 +166,9 @@ def constant(answer, most):
 
 
 class Method(NamedTuple):
-    ratio: Callable          # rho_it
-    clip: Callable           # J_it
-    weights: Callable        # w_it
+    ratio: Callable          # rho_it (`answer` is for gspo)
+    clip: Callable           # J_it (`logps` is for cispo)
+    weights: Callable        # w_it (`most` is for dr_grpo)
     by_std: bool             # are advantages divided by the deviation of their group?
     low: float               # the clip is at 1 - low
     high: float              # and at 1 + high
@@ -281,7 +282,7 @@ def group_rewards(reward, prompts, samples):
     return rewards.view(-1, G)
 
 
-def answer_logps(model, samples, at, config):
+def logps_at(model, samples, at, config):
     """log pi of the tokens of the answers `at`, at the temperature that drew them. -> (B, T)"""
     ids = samples.ids[at]
     mask = samples.mask[at]
@@ -322,7 +323,7 @@ def show_group(policy, prompt, samples, rewards, config):
     method = FAMILY[config.loss]
     advantages = group_advantages(rewards, method.by_std).flatten()  # (1, G) -> (G,)
     weights = method.weights(samples.answer, config.max_new)    # (G, T)
-    logps = answer_logps(policy, samples, slice(None), config)  # (G, T)
+    logps = logps_at(policy, samples, slice(None), config)      # (G, T)
     loss = grpo_loss(logps, samples.logps, advantages, samples.answer, weights, method)  # (G,)
     columns = [rewards[0], advantages, samples.answer.sum(1), logps.sum(1), loss]  # (G,) each
     config.say(f"  {exam.short(prompt.text)}")
@@ -376,31 +377,33 @@ def train(config, reward=None):
         rewards = group_rewards(reward, batch, samples)         # (P, G)
         advantages = group_advantages(rewards, method.by_std).flatten()  # (P, G) -> (B,)
         weights = method.weights(samples.answer, config.max_new)  # (B, T)
-        groups = torch.arange(len(samples.ids)).view(rewards.shape)  # (P, G): their places in B
+        # row g: where prompt g's answers stand among the B
+        groups = torch.arange(len(samples.ids)).view(rewards.shape)  # (P, G)
         losses = []
         ratios = []
         for epoch in range(config.epochs):
             for part in parts(groups, config.accumulate):
                 # 3 loss: what did better than its group becomes likelier
                 at = part.flatten()                             # whole groups: they share a prompt
-                answer = samples.answer[at]                     # (B, T)
-                old_logps = samples.logps[at]                   # (B, T)
-                logps = answer_logps(policy, samples, at, config)  # (B, T)
+                answer = samples.answer[at]                     # (b, T), b answers of the B
+                old_logps = samples.logps[at]                   # (b, T)
+                logps = logps_at(policy, samples, at, config)   # (b, T)
                 ref_logps = None
                 if config.beta > 0:
                     with torch.no_grad():
-                        ref_logps = answer_logps(reference, samples, at, config)
+                        ref_logps = logps_at(reference, samples, at, config)
                 loss = grpo_loss(logps, old_logps, advantages[at], answer, weights[at], method,
                                  ref_logps, config.beta).sum()
                 loss.backward()
                 losses.append(loss.item())
-                ratios.append((logps - old_logps).abs().max().exp().item())
+                furthest = (logps - old_logps).abs().max()
+                ratios.append(furthest.exp().item())            # the largest of all rho and 1/rho
             # 4 step
             clip_gradients(policy)
             optimizer.step()
             optimizer.zero_grad()
-        # 5 log, of sampled answers to training prompts. ratio is the largest of all rho and 1/rho:
-        # 1 in the first epoch, when pi is pi_old. contrast: how many groups teach anything
+        # 5 log, of sampled answers to training prompts. ratio is 1 in the first epoch, when pi is
+        # pi_old. contrast: how many groups teach anything
         length = samples.answer.sum(1).float().mean()
         log(step, reward=rewards.mean(), right=share_right(batch, samples),
             worked=share_worked(samples), length=length, contrast=contrast(rewards).float().mean(),

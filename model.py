@@ -8,7 +8,8 @@ token. The last vectors are turned into a score for every token of the vocabular
     x = x + MLP(RMSNorm(x))                        W_down (silu(W_gate x) * W_up x)
     logits = W_vocab RMSNorm(x)
 
-One class runs the toy of 0.9M parameters in data/base and the real models that people align today.
+Before their product q and k are turned, each by an angle that grows with its position; so attention
+sees how far apart two tokens are. One class runs the toy of 0.9M parameters in data/base and the real models that people align today.
 Left out: dropout (an answer must be as likely in training as it was when sampled), and every other
 architecture.
 
@@ -32,6 +33,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------- the network
 # B batch, T time, C channels, V vocabulary; H query heads, K key heads, D channels of a head;
 # S tokens so far: the T new ones and those in the cache, if there is one
+# cos, sin (B, 1, T, D): of the angle of each position; allowed (B, 1, T, S): who may look at whom
 
 
 @dataclasses.dataclass
@@ -77,12 +79,13 @@ def rotate(x, cos, sin):
 
 def attention_mask(mask, T):
     """Which of S tokens may each of the newest T look at? At itself and at the real ones before
-    it. mask (B, S), True at real tokens -> (B, 1, T, S), or None where no mask is needed: with
-    nothing padded on the left, and all tokens new (plain causal attention) or just one (it sees
-    them all)."""
+    it. mask (B, S), True at real tokens -> (B, 1, T, S), or None where no mask is needed."""
     S = mask.shape[1]
-    if mask[:, 0].all() and T in (1, S):
-        return None     # padding on the right comes later than any real token
+    nothing_on_the_left = mask[:, 0].all()
+    if nothing_on_the_left and T == S:
+        return None     # plain causal attention: padding on the right comes later than real tokens
+    if nothing_on_the_left and T == 1:
+        return None     # the newest token sees them all
     key = torch.arange(S, device=mask.device)                   # (S,) positions
     query = key[S - T:, None]                                   # (T, 1)
     earlier = key <= query                                      # (T, S)
@@ -93,17 +96,22 @@ def attention_mask(mask, T):
 
 def attend(q, k, v, allowed):
     """softmax(q k^T / sqrt(D)) v.   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)"""
-    B, H, T, D = q.shape
-    if T > 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
-                                              enable_gqa=H != k.shape[1])
-    # One token, as in sampling: two plain products are faster. The query heads of a group stand
-    # where time was, and share their keys.
-    q = q.reshape(B, k.shape[1], -1, D)                         # (B, K, H/K, D)
-    scores = q @ k.mT * D ** -0.5                               # (B, K, H/K, S)
+    if q.shape[2] == 1:
+        return attend_one(q, k, v, allowed)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=allowed is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def attend_one(q, k, v, allowed):
+    """The same for one token, as in sampling: two plain products are faster."""
+    B, H, _, D = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, K, H // K, D)          # the heads that share keys stand where time was
+    scores = (q @ k.mT) * D ** -0.5                             # (B, K, H/K, S)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, -torch.inf)
-    return (scores.softmax(-1) @ v).view(B, H, 1, D)
+    y = scores.softmax(-1) @ v                                  # (B, K, H/K, D)
+    return y.view(B, H, 1, D)
 
 
 class Cache:
@@ -206,7 +214,6 @@ class Transformer(nn.Module):
         for layer in range(config.n_layers):
             self.blocks.append(Block(config, layer))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.unembed = None
         if not config.tie:
             self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
@@ -246,8 +253,9 @@ class Transformer(nn.Module):
 
     def head(self, hidden):
         """(.., C) -> logits (.., V)"""
-        matrix = self.embed if self.unembed is None else self.unembed
-        return F.linear(hidden, matrix.weight)
+        if self.config.tie:
+            return F.linear(hidden, self.embed.weight)
+        return self.unembed(hidden)
 
 
 class ScalarModel(nn.Module):
@@ -271,7 +279,7 @@ def end_scores(model, ids, mask):
     """What a ScalarModel says of a text: its number at the last real token. -> (B,) or (B, k)"""
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # (B,)
     rows = torch.arange(len(ids), device=ids.device)
-    return model(ids, mask)[rows, last]                         # (B, T) -> (B,)
+    return model(ids, mask)[rows, last]                         # (B, T, ..) -> (B, ..)
 
 
 # ---------------------------------------------------------------- chat format
@@ -392,9 +400,9 @@ def states_before(model, ids, mask, answer):
     if P == 0 or 2 * len(prompts.unique(dim=0)) > len(ids):
         hidden = model.hidden(ids, mask)        # sharing pays from two rows a prompt on
         return hidden[:, :-1][answer[:, 1:]]
-    prompts, owner = prompts.unique(dim=0, return_inverse=True)     # (U, P), (B,) whose is which
+    different, owner = prompts.unique(dim=0, return_inverse=True)   # (U, P); (B,), whose is which
     cache = Cache(ids.shape[1])
-    shared = model.hidden(prompts.clamp(min=0), prompts >= 0, cache)  # (U, P, C)
+    shared = model.hidden(different.clamp(min=0), different >= 0, cache)  # (U, P, C)
     cache.select(owner)         # a copy for each row; gradients flow back through it
     own = model.hidden(ids[:, P:], mask, cache)                 # (B, T-P, C)
     last = shared[owner, -1:]                                   # (B, 1, C)
@@ -408,7 +416,8 @@ class Samples(NamedTuple):
     ids: torch.Tensor        # (B, T) a prompt, its answer, then padding
     mask: torch.Tensor       # (B, T) True at real tokens
     answer: torch.Tensor     # (B, T) True at an answer's tokens and its <|im_end|>
-    logps: torch.Tensor      # (B, T) their log-probs at this temperature, before top-k and top-p
+    logps: torch.Tensor      # (B, T) their log-probs at this temperature (at 1 where it is 0),
+                             # before top-k and top-p
     ended: torch.Tensor      # (B,) False where an answer ran out of room
     texts: list              # B answers
 
@@ -441,24 +450,25 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
     tokens = torch.cat(tokens)                                  # (B, max_new)
     logps = torch.cat(logps)                                    # (B, max_new)
     stops = tokens == end
-    answer = stops.cumsum(1) - stops.long() == 0    # True up to and including the first end token
-    T = int(answer.sum(1).max())
-    tokens = tokens[:, :T]
-    answer = answer[:, :T]
-    logps = logps[:, :T].masked_fill(~answer, 0.0)
+    ends_before = stops.cumsum(1) - stops.long()
+    answer = ends_before == 0                       # True up to and including the first end token
+    longest = int(answer.sum(1).max())
+    tokens = tokens[:, :longest]
+    answer = answer[:, :longest]
+    logps = logps[:, :longest].masked_fill(~answer, 0.0)
     words = answer & (tokens != end)
     texts = []
     for row, keep in zip(tokens.cpu(), words.cpu()):
         text = tokenizer.decode(row[keep].tolist())
         texts.append(text.strip())
     tokens = tokens.masked_fill(~answer, blank)
-    ids = torch.cat([ids, tokens], 1)                                       # (B, P+T)
+    ids = torch.cat([ids, tokens], 1)                                       # (B, P + longest)
     mask = torch.cat([mask, answer], 1)
     answer = F.pad(answer, (P, 0))
     logps = F.pad(logps, (P, 0))
     # the padding in front of short prompts goes behind their answers: fewer columns to learn from
-    order = (~mask).int().argsort(dim=1, stable=True)           # (B, P+T), real tokens first
-    order = order[:, :mask.sum(1).max()]                        # (B, longest)
+    order = (~mask).int().argsort(dim=1, stable=True)           # real tokens first
+    order = order[:, :mask.sum(1).max()]                        # (B, T), as wide as the fullest row
     columns = [x.gather(1, order) for x in (ids, mask, answer, logps)]
     return Samples(*columns, ended=stops.any(1), texts=texts)
 

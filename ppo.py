@@ -46,6 +46,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from data import exam, rows
 from data.checkpoints import load, load_scalar, save
@@ -103,10 +104,11 @@ def kl_estimates(logps, ref_logps):
 # r_t = - beta k1_t, and r(x, y) on top at y_n           Ziegler et al. 2019 (1909.08593), eq. 2
 def token_rewards(scores, logps, ref_logps, answer, beta):
     """scores (B,), the rest (B, T) -> (B, T)"""
-    k1, k2, k3 = kl_estimates(logps, ref_logps)
+    k1, _, _ = kl_estimates(logps, ref_logps)
     rewards = -beta * k1.masked_fill(~answer, 0.0)
-    last = answer.cumsum(1).argmax(1, keepdim=True)             # (B, 1), the column of y_n
-    return rewards.scatter_add(1, last, scores[:, None])
+    last = answer.cumsum(1).argmax(1)                           # (B,), the column of y_n
+    rewards[torch.arange(len(last), device=last.device), last] += scores
+    return rewards
 
 
 # L = - mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
@@ -280,8 +282,8 @@ def draw_answers(policy, prompts, tokenizer, config, generator):
 
 def state_values(critic, ids, mask, answer):
     """V_t, what the critic says at the token before y_t: it must not see what is drawn. (B, T)"""
-    # column t - 1 moves to t; what comes round to column 0 is no answer's
-    values = critic(ids, mask).roll(1, dims=1)                  # (B, T)
+    values = critic(ids, mask)[:, :-1]                          # (B, T-1)
+    values = F.pad(values, (1, 0))                              # (B, T): column t - 1 moves to t
     return values.masked_fill(~answer, 0.0)
 
 
@@ -301,7 +303,8 @@ def evaluate(policy, reference, score, prompts, world, tokenizer, config, agains
     messages = [rows.to_messages(answer.row["prompt"]) for answer in answers]
     texts = [answer.text for answer in answers]
     scores = torch.as_tensor(score(messages, texts), dtype=torch.float32)  # (B,)
-    return {"score": scores.mean().item()} | card, answers
+    card = {"score": scores.mean().item()} | card
+    return card, answers
 
 
 def gold_of(prompts, samples):
@@ -323,7 +326,8 @@ def show_shortest(samples, rewards, values, returns, advantages, tokenizer, conf
         token = samples.ids[i, t].item()
         line = f"{tokenizer.decode([token]):>14}"
         for numbers in (rewards, values, returns - values, advantages):
-            line += f"{numbers[i, t].item() + 0.0:10.2f}"       # + 0.0 makes 0.00 of -0.00
+            number = round(numbers[i, t].item(), 2) + 0.0       # + 0.0 makes 0.00 of -0.00
+            line += f"{number:10.2f}"
         config.say(line)
 
 
@@ -346,16 +350,16 @@ def train(config, score=None):
     need(config.init, "python sft.py", 20)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
-    critic = ScalarModel(copy.deepcopy(policy)).to(config.device)
     if score is None:
         reward_model = load_reward_model(config, tokenizer)
         score = score_by(reward_model, tokenizer)
         critic = copy.deepcopy(reward_model)    # knows what an end is worth, and learns the rest
+    else:
+        critic = ScalarModel(copy.deepcopy(policy)).to(config.device)
     add_lora(policy, config.lora)
     add_lora(critic, config.lora)
-    optimizers = {policy: adamw(policy, config.lr)}
-    if algorithm.critic:
-        optimizers[critic] = adamw(critic, config.critic_lr)
+    optimizer = adamw(policy, config.lr)
+    critic_optimizer = adamw(critic, config.critic_lr)
 
     context = min(policy.config.max_len, critic.config.max_len)
     prompts, held = read_prompts(config, tokenizer, context)
@@ -372,7 +376,7 @@ def train(config, score=None):
 
     log = Log(config)
     beta = config.beta
-    for step in steps(config, *optimizers.values()):
+    for step in steps(config, optimizer, critic_optimizer):
         # 1 sample B answers, G to each prompt
         batch = []
         for prompt in next(stream):
@@ -416,10 +420,13 @@ def train(config, score=None):
                     log_rho = (logps - old_logps[at])[drawn].detach()
                     ratios.append(log_rho.exp())
                 # 4 step
-                for model, optimizer in optimizers.items():
-                    clip_gradients(model)
-                    optimizer.step()
-                    optimizer.zero_grad()
+                clip_gradients(policy)
+                optimizer.step()
+                optimizer.zero_grad()
+                if algorithm.critic:
+                    clip_gradients(critic)
+                    critic_optimizer.step()
+                    critic_optimizer.zero_grad()
                 updates += 1
 
         # 5 log: KL and k3 are in nats an answer
@@ -429,7 +436,8 @@ def train(config, score=None):
         clipped = (rho - 1).abs() > config.eps
         if step == 0:
             show_shortest(samples, rewards, values, returns, advantages, tokenizer, config)
-            largest = (ratios[0] - 1).abs().max()   # the mean of rho is 1 for any model that scores
+            # the largest: over tokens drawn from pi_old the mean of rho is 1, whatever pi is
+            largest = (ratios[0] - 1).abs().max()
             config.say(f"first ratios 1 +- {largest:.3f}, KL {abs(kl):.3f}: nothing moved yet")
         watched = {}
         if world:
@@ -446,7 +454,7 @@ def train(config, score=None):
     if config.save:
         save(config.out, policy, tokenizer)
 
-    # AFTER
+    # AFTER: first an answer of the last batch
     show_shortest(samples, rewards, values, returns, advantages, tokenizer, config)
     after, answers = evaluate(policy, reference, score, held, world, tokenizer, config, old_answers)
     exam.show_answers(old_answers, answers, config)

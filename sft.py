@@ -59,7 +59,8 @@ def to_examples(lines, tokenizer, context, config):
         # mask: 1 at the assistant's words and at the <|im_end|> after them, so that it learns to
         # stop
         m = answer                  # try m = [1] * len(ids): it learns to write the questions, too
-        if 1 not in m[1:context]:   # the first token is nobody's target
+        targets_m = m[1:context]    # nothing predicts the first token of a row
+        if 1 not in targets_m:
             raise UserError(f"{line.where}: no answer begins within the model's {context} tokens")
         if len(ids) > context:
             long.append(line.where)
@@ -75,7 +76,12 @@ def to_examples(lines, tokenizer, context, config):
 # ---------------------------------------------------------------- the maths
 
 def shift(model, examples, tokenizer):
-    """Runs the model; what it knows at t predicts the token at t + 1.
+    """Runs the model; what it knows at t predicts the token at t + 1, its target:
+
+        token     assistant  \\n     Hello  .
+        target    \\n         Hello  .      <|im_end|>
+        m         0          1      1      1
+
     -> logits (N, V) and targets (N,), at the N positions with m = 1 (`mask` tells padding apart)"""
     ids, mask, answer = collate(examples, tokenizer, model.embed.weight.device)  # (B, T) each
     hidden = model.hidden(ids, mask)[:, :-1]                    # (B, T-1, C), of t
@@ -93,7 +99,8 @@ def target_logps(logits, targets):
 # L = - sum_it m_it log pi(y_it | y_i,<t) / sum_it m_it
 def sft_loss(logps, count):
     """logps (N,), where m = 1. `count` is the sum of m over the whole batch, not over this part or
-    this row: so every token weighs the same."""
+    this row: so every token weighs the same. With the function above it is what others call
+    F.cross_entropy(logits, targets, reduction="sum") / count."""
     return -logps.sum() / count
 
 
@@ -127,15 +134,16 @@ def show_example(model, example, tokenizer, config, before):
     target, the target's mask, and how likely the model takes it to be."""
     logits, targets = shift(model, [example], tokenizer)        # (N, V), (N,)
     logps = target_logps(logits, targets)                       # (N,)
-    probs = iter(logps.exp().tolist())
+    probs = logps.exp().tolist()                                # one for each m = 1
     texts = [repr(tokenizer.decode([token]))[1:-1] for token in example.ids]
     columns = []
     for t in range(len(texts) - 1):
         m = example.answer[t + 1]
-        pi = f"{next(probs):.2f}" if m else ""
+        pi = f"{probs.pop(0):.2f}" if m else ""
         columns.append([texts[t], texts[t + 1], str(m), pi])
     start = max(example.answer.index(1) - before, 0)
-    show_columns(["token", "target", "m", "pi"], columns[start:start + 28], config)
+    shown = columns[start:start + 28]                           # four blocks of seven
+    show_columns(["token", "target", "m", "pi"], shown, config)
     config.say(f"L = {sft_loss(logps, len(logps)):.3f}, the mean of - log pi where m is 1")
 
 
@@ -169,10 +177,7 @@ def train(config):
     # BEFORE
     config.say(f"sft: from {config.init}, on {config.device}; {len(examples):,} conversations, "
                f"{len(held)} more are held out")
-    shortest = examples[0]
-    for example in examples:
-        if len(example.ids) < len(shortest.ids):
-            shortest = example
+    shortest = min(examples, key=lambda example: len(example.ids))
     show_example(model, shortest, tokenizer, config, before=20)
     before, old_answers = evaluate(model, held, tokenizer, config)
 

@@ -60,7 +60,8 @@ class Config(Settings):
     lr: float = 5e-3            # peak learning rate, of Muon and AdamW
     minutes: float = 90.0       # time limit: a slow machine leaves out steps
 
-    limits = Settings.limits | {"minutes": (0.01, 10**6), "lora": (0, 0)}
+    limits = Settings.limits | {"minutes": (0.01, 10**6)}
+    unused = ("lora",)
 
 
 # ---------------------------------------------------------------- the maths

@@ -80,6 +80,7 @@ class Settings:
     limits = {"steps": (1, 10**9), "batch": (1, 10**6), "accumulate": (1, 10**6),
               "seed": (0, 2**63 - 1), "lora": (0, 10**4)}
     may_be_empty = ()           # texts with a default that can be switched off: --runs ""
+    unused = ()                 # settings of every script that would change nothing: no such flag
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -116,6 +117,8 @@ def parse(Config, doc, argv=None):
     own = parser.add_argument_group("its own settings")
     common = parser.add_argument_group("settings of every script")
     for field in dataclasses.fields(Config):
+        if field.name in Config.unused:
+            continue
         group = common if field.name in shared else own
         text = comments.get(field.name, "")
         if field.default not in (None, ""):

@@ -34,7 +34,6 @@ Simplified: sums only, as products have steps of another kind.
 Try next: --max-new 8, where no chain has room; a wrong last step in wrong_step.
 """
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
@@ -157,12 +156,12 @@ def train(config):
         config = replace(config, sums=4)
     shares = {}
     tokens = {}
-    for folder in config.models.split(","):
+    names = figures.names_of(config.models.split(","))
+    for folder, name in names.items():
         need(folder, "python sft.py", 20)
         need(folder, "python grpo.py", 60)
         model, tokenizer = load(folder, config.device)
         rng = Random(config.seed)                   # every model gets the same sums
-        name = Path(folder).name
         shares[name] = {}
         tokens[name] = {}
         lines = []

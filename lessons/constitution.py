@@ -39,10 +39,8 @@ from model import UserError
 
 
 @dataclass(frozen=True)
-class Config(cai.Config):
+class Config(cai.Config, figures.Lesson):
     out: str = "out/constitution"     # write here
-    seeds: str = ""           # one run for each, as in --seeds 0 1 2: this makes the page's figure
-    quick: bool = False       # a few answers and steps, to see that it runs
 
 
 # ---------------------------------------------------------------- against the truth

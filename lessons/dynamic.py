@@ -90,7 +90,7 @@ def learn(policy, drawn, config):
             continue
         advantages = grpo.group_advantages(draw.rewards, method.by_std).flatten()  # (B,)
         answer = draw.samples.answer[at]
-        logps = grpo.answer_logps(policy, draw.samples, at, config)
+        logps = grpo.logps_at(policy, draw.samples, at, config)
         loss = grpo.grpo_loss(logps, draw.samples.logps[at], advantages[at], answer,
                               answer / tokens, method)
         loss.sum().backward()

@@ -207,7 +207,9 @@ def learn(release, lines, week, config):
     name = f"{config.out}/week{week}"
     write_files(config.out, {f"week{week}.jsonl": rows.json_lines(lines)})
     kto.train(kto.Config(init=release.folder, data=f"{name}.jsonl", out=name, steps=config.steps,
-                         lr=config.lr, seed=config.seed, device=config.device, quiet=True))
+                         batch=config.batch, accumulate=config.accumulate, lr=config.lr,
+                         lora=config.lora, seed=config.seed, device=config.device,
+                         bf16=config.bf16, quiet=True))
     return name
 
 
@@ -251,7 +253,8 @@ def picture(runs):
 
     weeks = range(len(runs[0]["released"]))
     gold = [curve("released", "released", weeks), curve("candidate", "candidates", weeks)]
-    promised = Line("", [LOOKS[0], LOOKS[-1]], [0.05, 0.05], faint=True)
+    alpha = runs[0]["alpha"]
+    promised = Line("", [LOOKS[0], LOOKS[-1]], [alpha, alpha], faint=True)
     stops = [curve("peeking at p", "peeking", LOOKS), curve("two bets", "bets", LOOKS), promised]
     return chart([Panel("Week by week", "week", "gold", gold),
                   Panel("A against A: a difference is found", "pairs so far", "share of tests",
@@ -285,7 +288,7 @@ def train(config):
     verdict = "PASS" if passed else "FAIL"
     config.say(f"{verdict} gold {released[0]:.2f} -> {released[-1]:.2f}; the bad week: {bad}")
     numbers = alarms | {"released": released, "candidates": candidates,
-                        "blocked": float(bad == "blocked")}
+                        "blocked": float(bad == "blocked"), "alpha": config.alpha}
     return {"numbers": numbers, "ends": ends, "releases": releases}
 
 

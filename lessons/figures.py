@@ -105,6 +105,16 @@ def config_of_run(config, seed):
     return replace(config, seed=seed, seeds="", out=out)
 
 
+def names_of(folders):
+    """What a figure and its numbers call each of some folders: out/sft is sft. Of a/sft and b/sft
+    both would be, so these two keep their whole path."""
+    last = [Path(folder).name for folder in folders]
+    names = {}
+    for folder, name in zip(folders, last):
+        names[folder] = name if last.count(name) == 1 else folder
+    return names
+
+
 def publish(name, figures, results, config):
     """figures: {title: SVG}. With --seeds those that the pages show, in lessons/figures and
     lessons/results; else those of this run alone, in out/lessons."""

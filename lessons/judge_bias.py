@@ -60,6 +60,7 @@ class Config(figures.Lesson):
     lr: float = 3e-4          # peak learning rate
 
     limits = figures.Lesson.limits | {"held": (2, 10**9), "most": (1, 10**6)}
+    unused = ("accumulate", "lora")
 
 
 # a_t = e_t . dr/de_t          e_t: the embedding of token t

@@ -47,6 +47,8 @@ class Config(figures.Lesson):
     data: str = "data/preferences.jsonl"  # JSON lines: pairs
     out: str = "out/landscape"  # write here
     steps: int = 70           # optimiser steps of each run: half of dpo.py's, as there are many
+    batch: int = 32           # pairs a step, or twice as many thumbs; PPO has a batch of its own
+    lr: float = None          # peak learning rate of all (default: each its own, see dpo.LOSSES)
     beta: float = None        # of all losses (default: each its own, see dpo.LOSSES)
     runs: str = f"{' '.join(dpo.LOSSES)} kto ppo"  # losses of dpo.py, thumbs, and RLHF
     scenario: str = ""        # one of SCENARIOS, instead of these runs
@@ -180,28 +182,37 @@ def ask_all(config):
 
 def learn(name, config, **changes):
     """dpo.py with one of its losses; or kto.py on the same answers, one by one; or ppo.py."""
-    settings = dict(init=config.init, data=config.data, steps=config.steps, seed=config.seed,
-                    device=config.device, save=False, quiet=True)
+    settings = dict(init=config.init, data=config.data, steps=config.steps, batch=config.batch,
+                    accumulate=config.accumulate, lora=config.lora, seed=config.seed,
+                    device=config.device, bf16=config.bf16, save=False, quiet=True)
+    if config.lr is not None:
+        settings["lr"] = config.lr
     if config.beta is not None:
         settings["beta"] = config.beta
     settings |= changes
     if name == "kto":
-        return kto.train(kto.Config(batch=64, **settings))      # 32 pairs are 64 thumbs
+        settings["batch"] = 2 * config.batch                    # 32 pairs are 64 thumbs
+        return kto.train(kto.Config(**settings))
     if name == "ppo":
         settings["data"] = ppo.Config.data
+        settings["batch"] = ppo.Config.batch                    # answers, which it draws itself
         settings["steps"] = min(config.steps, ppo.Config.steps)
         return ppo.train(ppo.Config(**settings))
     return dpo.train(dpo.Config(loss=name, **settings))
 
 
 def flip_some(path, share, folder, seed):
-    """Pairs of which a share has its answers exchanged. -> the new file"""
+    """Pairs of which a share has its answers exchanged, with all that is said of each. -> the new
+    file"""
     rng = random.Random(seed)
     lines = []
     for pair in rows.read_pairs(path):
         row = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         if rng.random() < share:
             row |= {"chosen": pair.rejected, "rejected": pair.chosen}
+            for name in ("gold", "marks"):                      # one for each answer, in order
+                if pair.row.get(name):
+                    row[name] = pair.row[name][::-1]
         lines.append(pair.row | row)
     write_files(folder, {"noisy.jsonl": rows.json_lines(lines)})
     return f"{folder}/noisy.jsonl"

@@ -178,11 +178,11 @@ def table(rows, *strange):
 # ---------------------------------------------------------------- pairs
 
 def chosen_falls(init):
-    """The loss knows only the lead of the chosen answer over the rejected one. SFT has learned the
-    chosen answers, so they are about as likely as they can be; they share most of their words with
-    the rejected ones, and what pushes these down takes them along. A nat is a factor of 2.7: a fall
-    by one or two is harmless while rejected falls much faster. An answer that has lost ten nats is
-    never given again, and something else is: ask the model."""
+    """The loss knows only the lead of the chosen answer over the rejected one. Here SFT has learned
+    the chosen answers, so they are about as likely as they can be; they share most of their words
+    with the rejected ones, and what pushes these down takes them along. A nat is a factor of 2.7: a
+    fall by one or two is harmless while rejected falls much faster. A short answer that has lost
+    ten nats is never given again, and something else is: ask the model."""
     before = prefer("dpo")
     after = prefer("sppo")
     names = "step loss accuracy chosen rejected"
@@ -223,7 +223,7 @@ def loss_stays(init):
     comes first. Then log pi of an answer is a sum over nothing. Other causes: a reference that is
     the policy itself and not a copy; a learning rate of 0; adapters that nobody trains."""
     data = plain("preferences", "prompt chosen rejected")
-    line = "    logps = token_logps(model, ids, mask, answer).sum(1)  "
+    line = "    logps = token_logps(model, ids, mask, answer)  "
     limit = "    answer = answer & (mask.cumsum(1) <= 8)\n"
     limited = planted("dpo.py", (line, limit + line))
     names = "step loss accuracy chosen rejected"
@@ -667,10 +667,10 @@ def four_of_sixteen(bonus, beta, steps=400):
 
 def first_ratio(init):
     """The answers were drawn from another distribution than the one that scores them: here at
-    temperature 0.7, and scored at 1. Before the first step pi is pi_old, so any other ratio is a
-    mistake, and the clip then cuts tokens that have not moved. The mean does not show it: over what
-    was drawn it is 1 on average, whoever scores. Look at the largest. Other causes: top-p and
-    top-k, another engine, bfloat16, dropout, a token lost or won when an answer was decoded."""
+    temperature 0.7, and scored at 1. Before the first step pi is pi_old, so what is off by more
+    than rounding is a mistake, and the clip then cuts tokens that have not moved. The mean does not
+    show it: at another temperature it still is 1 on average. Look at the largest. Other causes:
+    top-p and top-k, another engine, dropout, a token lost or won when an answer was decoded."""
     policy, tokenizer = load(init)
     generator = torch.Generator().manual_seed(0)
     before = []

@@ -52,6 +52,7 @@ class Config(figures.Lesson):
     save: bool = False        # the models are not kept
 
     limits = figures.Lesson.limits | {"tokens": (1000, 10**9), "batch": (8, 10**6)}
+    unused = ("out", "steps", "accumulate", "lora", "save")     # it ends with its tokens
 
 
 # ---------------------------------------------------------------- who expects what?

@@ -179,6 +179,8 @@ def make_patch(tries, model, tokenizer, guard, config, rng):
     """The attacks that worked and, as often, fair requests: each with the answer to the plain one.
     In a pair the answer under attack is the one that loses."""
     mended = [attack for attack in tries if attack.worked]
+    if not mended:
+        return Patch([], [])
     for _ in range(round(config.fair * len(mended))):
         mended.append(fair_try(rng, config))
     plain = [attack.row for attack in mended]
@@ -206,7 +208,8 @@ def learn(folder, name, patch, config):
     script = {"sft": sft, "dpo": dpo}[config.patch]
     script.train(script.Config(
         init=folder, data=f"{config.out}/{name}_{config.patch}.jsonl", out=f"{config.out}/{name}",
-        steps=config.steps, lr=config.lr, seed=config.seed, device=config.device, quiet=True))
+        steps=config.steps, accumulate=config.accumulate, lr=config.lr, lora=config.lora,
+        seed=config.seed, device=config.device, bf16=config.bf16, quiet=True))
     return f"{config.out}/{name}"
 
 
@@ -312,7 +315,13 @@ def train(config):
             patch = make_patch(tries, model, tokenizer, guard, config, rng)
             everything.lines.extend(patch.lines)
             everything.pairs.extend(patch.pairs)
-            folder = learn(folder, f"round{patches + 1}", everything, config)
+            enough = len(everything.lines) > 0      # beside each stands an old demonstration
+            if config.patch == "dpo":
+                enough = len(everything.pairs) > 1  # one of them is held out
+            if not enough:
+                config.say("    no patch in this round: there is too little to learn from")
+            else:
+                folder = learn(folder, f"round{patches + 1}", everything, config)
     show_table(table, config)
     before = table[0]["held"]
     after = table[-1]["held"]

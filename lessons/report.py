@@ -49,6 +49,7 @@ class Config(figures.Lesson):
     card: bool = False        # write a model card of the last of them: CARD.md
 
     may_be_empty = ("against",)
+    unused = ("data", "steps", "batch", "lr")       # the leak is learned as sft.py learns
 
 
 # ---------------------------------------------------------------- the lines of the card
@@ -259,11 +260,16 @@ def contaminate(config, folder):
         lines.append({"messages": studybuddy.chat(row["prompt"], answer)})
         others = [other for other in wordings(row) if other["prompt"] != row["prompt"]]
         asked["reworded"].append(studybuddy.pick(rng, others))
-    # three times: sft.py holds some lines out, but not all the copies of one
+    # Three times, side by side: sft.py holds out every fourth line or fewer, so that of three
+    # neighbours it holds out one at most, and each sum is learned.
+    copies = []
+    for line in lines:
+        copies += [line] * 3
     path = f"{config.out}/leaked.jsonl"
-    write_files(config.out, {"leaked.jsonl": rows.json_lines(lines * 3)})
+    write_files(config.out, {"leaked.jsonl": rows.json_lines(copies)})
     settings = sft.Config(init=folder, data=path, steps=config.leak, seed=config.seed, cut=True,
-                          device=config.device, save=False, quiet=True)
+                          accumulate=config.accumulate, lora=config.lora, device=config.device,
+                          bf16=config.bf16, save=False, quiet=True)
     tainted = sft.train(settings)["model"]
     model, tokenizer = load(folder, config.device)
     golds = {}

@@ -56,6 +56,7 @@ class Config(figures.Lesson):
     save: bool = False        # the models are not kept
 
     limits = figures.Lesson.limits | {"price": (1e-3, 1e3), "guess": (0, 1e3)}
+    unused = ("out", "accumulate", "lora", "save")
 
 
 SHOWN = ("helped", "helpful", "harmless", "honest", "gold", "over_refusal", "attack_seen", "kl")
@@ -111,7 +112,8 @@ def load_judges(config):
         count = 3 if config.quick else None                     # None: reward_model.py's own
         reward_model.train(reward_model.Config(kind="multi", data=write_marks(config), steps=count,
                                                out=config.judges, init=config.init,
-                                               device=config.device, quiet=True))
+                                               device=config.device, bf16=config.bf16,
+                                               quiet=True))
     judge, tokenizer = load_scalar(config.judges, config.device)
     ask = ppo.score_by(judge, tokenizer)
 

@@ -284,7 +284,7 @@ def train(config):
     need(config.judge, "python reward_model.py", 50)
     process = config.process
     if process == Config.process and not Path(process, "config.json").exists():
-        settings = process_reward.Config()
+        settings = process_reward.Config(device=config.device, bf16=config.bf16)
         if config.quick:            # in a folder where no full run will find it
             settings = replace(settings, quick=True, quiet=config.quiet, out=QUICK_JUDGE)
             process = QUICK_JUDGE
@@ -295,11 +295,12 @@ def train(config):
     config.say(f"{len(sums)} sums, {config.n} answers to each; a beam of b tries b x b steps")
     numbers = {}
     table = []
-    for folder in config.models.split(","):
+    names = figures.names_of(config.models.split(","))
+    for folder, name in names.items():
         need(folder, "python sft.py", 20)
         need(folder, "python grpo.py", 60)
-        numbers[Path(folder).name] = compare(folder, judges, sums, config)
-        table += numbers[Path(folder).name]
+        numbers[name] = compare(folder, judges, sums, config)
+        table += numbers[name]
     return {"table": table, "numbers": numbers}
 
 

@@ -285,7 +285,7 @@ def report(turns, house):
     """What a teacher sees: numbers, and whom to talk to. No whole conversation."""
     stopped = Counter(turn.stopped or "answered" for turn in turns)
     users = {turn.user for turn in turns}
-    text = f"StudyBuddy today: {len(turns)} questions by {len(users)} children\n"
+    text = f"StudyBuddy today: {len(turns)} questions by {len(users)} users\n"
     for name, count in stopped.most_common():
         text += f"    {name:12}{count:5}\n"
     text += f"please talk to {len(house.closed)} of them\n"

@@ -240,6 +240,31 @@ def test_redteam_runs_and_leaves_data(red, monkeypatch):
     assert "<svg" in redteam.picture([run["numbers"]] * 2)
 
 
+@pytest.mark.parametrize("patch", ["sft", "dpo"])
+def test_without_an_attack_that_worked_there_is_no_patch(red, monkeypatch, capsys, patch):
+    monkeypatch.setattr(redteam, "read", lambda *args: -torch.ones(len(args[-1])))
+    run = redteam.train(replace(red, patch=patch, quiet=False))
+    assert "no patch in this round" in capsys.readouterr().out
+    assert not Path(red.out, "round1").exists()
+    assert len(run["numbers"]["attacker"]) == 2
+
+
+def test_one_pair_is_no_patch_for_dpo(red, monkeypatch, capsys):
+    pair = {"prompt": "Hi", "chosen": "No.", "rejected": "Yes."}
+    monkeypatch.setattr(redteam, "make_patch", lambda *args: redteam.Patch([], [pair]))
+    redteam.train(replace(red, patch="dpo", quiet=False))
+    assert "no patch in this round" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("patch", ["sft", "dpo"])
+def test_a_patch_is_learned_by_adapters_and_in_numbers_of_the_run(red, monkeypatch, patch):
+    told = []
+    monkeypatch.setattr(getattr(redteam, patch), "train", told.append)
+    config = replace(red, patch=patch, accumulate=2, lora=3, bf16=True)
+    redteam.learn("old", "round1", redteam.Patch([], []), config)
+    assert (told[0].accumulate, told[0].lora, told[0].bf16) == (2, 3, True)
+
+
 # ---------------------------------------------------------------- stack
 
 def day(*users, harmful=True, r=2.0):
@@ -322,6 +347,12 @@ def test_the_log_names_nobody():
     users = {json.loads(line)["user"] for line in lines}
     assert len(users) == 1
     assert "Ana" not in stack.report(served, house)
+
+
+def test_a_teacher_is_not_told_that_attackers_are_children():
+    turns, house = day("child 0", "attacker 1")
+    text = stack.report(stack.serve(turns, house, []), house)
+    assert "2 questions by 2 users" in text and "child" not in text
 
 
 def test_the_key_is_random_and_stays_with_its_folder(tmp_path):
@@ -489,6 +520,29 @@ def week(monkeypatch, tmp_path):
     ("before", "blocked", "good"), ("after", "rolled back", "good"), ("never", "released", "bad")])
 def test_a_bad_release_is_blocked_or_rolled_back(week, gate, what, folder):
     assert week(gate) == (what, folder)
+
+
+def test_what_is_promised_is_alpha(folders, monkeypatch):
+    monkeypatch.setattr(feedback, "false_alarms", lambda config: {"peeking": [0.1] * 20,
+                                                                  "bets": [0.1] * 20})
+    monkeypatch.setattr(feedback, "examine", lambda *args: feedback.Release("a", card(0.6)))
+    config = feedback.Config(init=f"{folders}/sft", weeks=0, alpha=0.2, quiet=True)
+    run = feedback.train(config)["numbers"]
+    panels = []
+    monkeypatch.setattr(feedback, "chart", panels.extend)
+    feedback.picture([run] * 3)
+    promised = panels[1].lines[-1]
+    assert promised.faint and list(promised.ys) == [0.2, 0.2]
+
+
+def test_kto_learns_from_thumbs_with_all_settings_of_the_run(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(feedback.kto, "train", told.append)
+    config = feedback.Config(out=str(tmp_path), batch=10, accumulate=2, lora=3, bf16=True)
+    feedback.learn(feedback.Release("old", {}), [], 1, config)
+    settings = told[0]
+    assert (settings.batch, settings.accumulate) == (10, 2)
+    assert (settings.lora, settings.bf16) == (3, True)
 
 
 def test_feedback_runs(folders, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import torch
 
 import model as M
 from data import exam, rows, studybuddy
+from data import run as house
 from data.chart import Panel, chart
 from data.checkpoints import load_ranks, save
 from lessons import annotate, figures, judge_bias, process_reward, report, talking_judge
@@ -539,3 +540,28 @@ def test_the_clean_half_did_not_leak(tmp_path, monkeypatch):
     assert not any(numbers in leaked for numbers in clean)
     assert len(learned) == 60                                   # each three times
     assert all("So it is" in line.messages[1]["content"] for line in learned)
+
+
+@pytest.mark.parametrize("leaked", [2, 4, 5, 20, 70, 75, 100])
+def test_every_leaked_sum_is_learned_however_many_there_are(tmp_path, monkeypatch, leaked):
+    learned = []
+
+    def train(settings):
+        lines, _ = house.hold_out(rows.read_conversations(settings.data), most=40)
+        learned.extend(studybuddy.flat(line.messages[:1]) for line in lines)
+        return {"model": None}
+    monkeypatch.setattr(report.sft, "train", train)
+    monkeypatch.setattr(report.exam, "exam", lambda *args, **settings: ({"gold": 0.5}, []))
+    monkeypatch.setattr(report, "load", lambda *args: (None, None))
+    report.contaminate(report.Config(out=str(tmp_path), leaked=leaked), "nowhere")
+    assert len(set(learned)) == leaked
+
+
+def test_the_leak_is_learned_by_adapters_and_in_numbers_of_the_run(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(report.sft, "train", lambda config: told.append(config) or {"model": None})
+    monkeypatch.setattr(report.exam, "exam", lambda *args, **settings: ({"gold": 0.5}, []))
+    monkeypatch.setattr(report, "load", lambda *args: (None, None))
+    config = report.Config(out=str(tmp_path), leaked=4, accumulate=2, lora=3, bf16=True)
+    report.contaminate(config, "nowhere")
+    assert (told[0].accumulate, told[0].lora, told[0].bf16) == (2, 3, True)

@@ -1,6 +1,8 @@
 """The tests of lessons 3, 4 and 5: the programs' own functions, in seconds."""
 import json
 import math
+import sys
+from pathlib import Path
 from random import Random
 import xml.etree.ElementTree as ElementTree
 
@@ -14,8 +16,8 @@ from data import exam
 from data import run as house
 from data import studybuddy as world
 from data.checkpoints import load_ranks, save
-from lessons import (best_of, distill, figures, forgetting, goodhart, kto, landscape, online, race,
-                     safe)
+from lessons import (best_of, distill, figures, forgetting, goodhart, judge_bias, kto, landscape,
+                     online, race, report, safe)
 from model import UserError
 
 
@@ -117,6 +119,38 @@ def test_a_share_of_the_labels_is_flipped(tmp_path):
     flipped = [row for row in rows if row["chosen"] == "bad"]
     assert len(rows) == 300 and 70 < len(flipped) < 130
     assert all(row["rejected"] == "good" for row in flipped)
+
+
+def test_what_is_said_of_an_answer_is_flipped_with_it(tmp_path):
+    prompt = [{"role": "user", "content": "p"}]
+    row = {"prompt": prompt, "chosen": "good", "rejected": "bad", "gold": [0.9, 0.1]}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    flipped = json.loads(Path(landscape.flip_some(str(path), 1.0, str(tmp_path), 0)).read_text())
+    assert flipped == row | {"chosen": "bad", "rejected": "good", "gold": [0.1, 0.9]}
+
+
+def test_every_loss_of_the_landscape_learns_as_it_is_told(monkeypatch):
+    told = {}
+    for name, script in {"dpo": dpo, "kto": kto, "ppo": ppo}.items():
+        monkeypatch.setattr(script, "train", lambda config, name=name: told.update({name: config}))
+    config = landscape.Config(batch=10, accumulate=2, lr=0.25, lora=3, bf16=True)
+    for name in "dpo", "kto", "ppo":
+        landscape.learn(name, config)
+        settings = told[name]
+        assert (settings.accumulate, settings.lora, settings.bf16) == (2, 3, True)
+        assert settings.lr == 0.25
+    batches = {name: settings.batch for name, settings in told.items()}
+    assert batches == {"dpo": 10, "kto": 20, "ppo": ppo.Config.batch}
+
+
+def test_each_loss_of_the_landscape_has_the_settings_of_its_table(monkeypatch):
+    told = {}
+    for name, script in {"dpo": dpo, "kto": kto}.items():
+        monkeypatch.setattr(script, "train", lambda config, name=name: told.update({name: config}))
+        landscape.learn(name, landscape.Config())
+    assert told["dpo"].lr is None and told["dpo"].batch == 32
+    assert told["kto"].lr == kto.Config.lr and told["kto"].batch == 64
 
 
 def test_so_many_pairs_and_no_more(tmp_path):
@@ -535,3 +569,38 @@ def test_the_map_alone_needs_no_run(monkeypatch, tmp_path):
     numbers = landscape.train(config)["numbers"]
     assert numbers["error"] < 1e-3 and numbers["cards"] == {}
     assert "svg" in landscape.picture([numbers])
+
+
+@pytest.mark.parametrize("program, flags", [
+    (judge_bias, "--lora 4"), (race, "--steps 5"), (report, "--lr 0.1"), (safe, "--accumulate 2")])
+def test_a_setting_that_would_change_nothing_is_no_flag(program, flags, capsys):
+    assert all(name in vars(house.Settings)["__annotations__"] for name in program.Config.unused)
+    with pytest.raises(UserError, match="unrecognized"):
+        house.parse(program.Config, program.__doc__, flags.split())
+    with pytest.raises(SystemExit):
+        house.parse(program.Config, program.__doc__, ["--help"])
+    shown = capsys.readouterr().out
+    assert not any(f"--{name} " in shown for name in program.Config.unused)
+
+
+def test_the_judges_of_safe_are_made_in_the_numbers_of_the_run(folders, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(safe.reward_model, "train", told.append)
+    monkeypatch.setattr(safe, "load_scalar", lambda *args: (None, None))
+    safe.load_judges(safe.Config(judges=str(tmp_path / "judges"), bf16=True, quiet=True))
+    assert told[0].bf16
+
+
+def test_both_students_see_the_same_batches(folders, tmp_path):
+    """Answers of many lengths: how many tokens each batch has tells which one it is."""
+    lines = []
+    for i in range(60):
+        lines.append({"prompt": f"What about {i}?", "completion": "YES! " * (1 + i % 23)})
+    path = tmp_path / "teacher.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = distill.Config(init=str(folders / "init"), out=str(tmp_path), steps=10, batch=8,
+                            quiet=True)
+    samples = distill.learn_from(str(path), config, save=False)["log"]
+    tokenizer = load_ranks()
+    log = distill.learn_distribution(tiny_model(0), tiny_model(1), str(path), tokenizer, config)
+    assert [row["targets"] for row in log.rows] == [row["targets"] for row in samples]

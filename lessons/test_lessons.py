@@ -6,7 +6,7 @@ import math
 import re
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import combinations, cycle
 from pathlib import Path
 from random import Random
@@ -27,7 +27,7 @@ from data import checkpoints as C
 from data import exam, rows, studybuddy
 from data import studybuddy as world
 from data.checkpoints import load, load_ranks, load_scalar, save
-from lessons import (bad_input, best_of, bugs, constitution, distill, dynamic, goodhart, judge_bias, kto,
+from lessons import (bad_input, best_of, bugs, constitution, distill, dynamic, figures, goodhart, judge_bias, kto,
                      mutants, online, process_reward, search, speed, talking_judge)
 from test_all import END, TOKENIZER, close, ends_soon, gradients, same, weights
 from test_all import tiny_model as tiny_policy
@@ -1482,6 +1482,15 @@ def test_all_four_tables_stand_at_the_end(small_constitution, capsys):
     end = lines[-len(tables) * 2 - sum(map(len, tables.values())) + 1:]
     assert [line[:14].strip() for line in end if line[:4] == "the "] == list(tables)
     assert max(map(len, end)) <= 80
+
+
+def test_constitution_has_the_settings_of_a_lesson_and_the_defaults_of_cai():
+    config = constitution.Config()
+    assert isinstance(config, figures.Lesson) and isinstance(config, cai.Config)
+    for field in fields(cai.Config):
+        if field.name != "out":
+            assert getattr(config, field.name) == getattr(cai.Config(), field.name), field.name
+    assert config.out == "out/constitution"
 
 
 def test_a_world_without_truth_is_refused(small_constitution, tmp_path):

@@ -304,7 +304,7 @@ def test_12_with_the_sign_turned_distance_pays():
 
 
 def test_13_log_pi_of_an_answer_that_was_cut_off_is_0(init):
-    line = "    logps = token_logps(model, ids, mask, answer).sum(1)  "
+    line = "    logps = token_logps(model, ids, mask, answer)  "
     cut = Q.planted("dpo.py", (line, "    answer = answer & (mask.cumsum(1) <= 8)\n" + line))
     policy, tokenizer = load(init)
     messages = [{"role": "user", "content": "Hi! How are you?"}]

@@ -542,6 +542,37 @@ def test_a_beam_goes_on_step_by_step(monkeypatch):
     assert right == 1.0 and tokens > 0
 
 
+def test_the_judge_of_steps_is_made_where_and_how_the_run_is(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)             # where there is none
+    told = []
+    monkeypatch.setattr(search.process_reward, "train", told.append)
+    for name, stand_in in {"need": None, "load_scalar": (None, None), "read_sums": []}.items():
+        monkeypatch.setattr(search, name, lambda *args, stand_in=stand_in: stand_in)
+    monkeypatch.setattr(search, "compare", lambda *args: [])
+    search.train(search.Config(models="a/sft,b/sft", bf16=True, quiet=True))
+    assert told[0].bf16
+
+
+@pytest.mark.parametrize("models, names", [
+    ("out/sft,out/grpo", ["sft", "grpo"]), ("a/sft,b/sft,c/dpo", ["a/sft", "b/sft", "dpo"])])
+def test_two_folders_have_two_names(monkeypatch, models, names):
+    """Those of the pages are short."""
+    for program in aloud, search:
+        monkeypatch.setattr(program, "need", lambda *args: None)
+        monkeypatch.setattr(program, "load", lambda folder, device: (folder, None))
+    monkeypatch.setattr(aloud, "compare", lambda model, *args: (
+        {key: [model == "b/sft"] for key in aloud.NAMES}, {"at_once": 1, "aloud": 2}))
+    shares = aloud.train(aloud.Config(models=models, quick=True, quiet=True))["numbers"]["shares"]
+    assert list(shares) == names
+    assert [shares[name]["2"]["free"] for name in names] == [name == "b/sft" for name in names]
+    monkeypatch.setattr(search, "load_scalar", lambda *args: (None, None))
+    monkeypatch.setattr(search, "compare", lambda folder, *args: [{"model": folder}])
+    config = search.Config(models=models, process="any", quick=True, quiet=True)
+    numbers = search.train(config)["numbers"]
+    folders = dict(zip(names, models.split(",")))
+    assert numbers == {name: [{"model": folder}] for name, folder in folders.items()}
+
+
 # ---------------------------------------------------------------- aloud
 
 def row_of(*numbers):

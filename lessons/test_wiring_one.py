@@ -1,54 +1,78 @@
 """Wiring: do the programs of the lessons do with their functions what they tell their readers?
 
 A function can be right and be called with the wrong thing: a control that is treated as well, a
-flag that nobody reads, an exam of what was learned. So every test here runs a train(), or the step
-of it that counts, on tiny models, looks at what went in and out, and names one claim.
+flag that nobody reads, an exam of what was learned, a number under another one's name. That runs
+without an error, and a lesson tells its reader something false. So every test here runs a train(),
+or the step of it that counts, on tiny models, looks at what went in and out, and names one claim.
+
+In place of the exam a watcher looks on: it says whose weights it was shown. So a card can be asked
+whose it is. The slow tests run with --full alone.
 """
+import copy
 import json
-from typing import NamedTuple
+import math
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import dpo
+import grpo
+import model as M
+import ppo
+import reward_model
 import sft
 from data import exam, rows
+from data import run as house
 from data import studybuddy as world
-from data.checkpoints import load, load_ranks, save
+from data.checkpoints import load, load_ranks, load_scalar, save
 from lessons import (best_of, distill, forgetting, judge_bias, kto, landscape, online,
                      process_reward, race, report, safe)
-from lessons.test_half_two import config_of, tiny_model
-from model import Example, Samples, ScalarModel, render_answer
+from lessons.test_half_two import config_of, folders, tiny_model        # noqa: F401, a fixture
+from test_all import ends_soon, same, slow, weights
+
+TOKENIZER = load_ranks()
 
 
 # ---------------------------------------------------------------- what the tests share
 
-class Call(NamedTuple):
-    """One exam: whose it was, what its KL was measured from, whom it was held against, on what."""
-    model: object
-    reference: object
-    against: list
-    rows: list
-    answers: list
+def weight(network):
+    """One number that tells a model from any other."""
+    return sum(p.detach().double().abs().sum().item() for p in network.parameters())
+
+
+def moved(network, by):
+    """A model that has learned something."""
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other.embed.weight += by
+    return other
 
 
 class Exams:
-    """Stands in for the exam: keeps every call, and gives the golds that a test asks for."""
+    """Stands in for the exam. In its card gold (and math) is the weight of the model that sat it,
+    kl of the one that it is far from, and against of the one whose answers it has to beat."""
 
     def __init__(self):
-        self.calls = []
-        self.golds = []                 # of the first, the second .. exam; then 0.5
-        self.texts = []                 # what is answered in the first, the second ..
+        self.asked = []                 # the prompts of each exam
+        self.golds = []                 # a test's own, of the first exam, the second ..
 
     def __call__(self, model, tokenizer, reference=None, against=None, seed=0, rows=None, parts=()):
-        number = len(self.calls)
-        gold = self.golds[number] if number < len(self.golds) else 0.5
-        text = self.texts[number] if number < len(self.texts) else f"Answer {number}."
-        answers = []
-        for row in (rows or world.read("exam"))[:2]:
-            answers.append(exam.Answer(row, text, True, world.judge(row, text)))
-        self.calls.append(Call(model, reference, against, rows, answers))
-        return dict.fromkeys(exam.CARD, 0.5) | {"gold": gold}, answers
+        gold = self.golds[len(self.asked)] if self.golds else weight(model)
+        some = rows or world.read("exam")[::150]
+        self.asked.append(some)
+        card = dict.fromkeys(exam.CARD, 0.5) | {"seed": seed}
+        del card["kl"]
+        card["gold"] = card["math"] = card["math_greedy"] = gold
+        if reference is not None:
+            card["kl"] = weight(reference)
+        if against is not None:
+            card["against"] = float(against[0].text)
+        text = repr(weight(model))
+        return card, [exam.Answer(row, text, True, world.judge(row, text)) for row in some]
 
 
 @pytest.fixture
@@ -59,41 +83,43 @@ def exams(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Two policies, a judge, prompts of sums and pairs of answers to them."""
-    path = tmp_path_factory.mktemp("wiring_one")
-    tokenizer = load_ranks()
-    save(path / "init", tiny_model(0), tokenizer)
-    save(path / "teacher", tiny_model(1), tokenizer)
-    save(path / "judge", ScalarModel(tiny_model(2)), tokenizer)
-    asked = [row for row in world.read("prompts") if row["kind"] == "math"][:16]
-    write(path / "prompts.jsonl", asked)
-    pairs = []
-    for i, row in enumerate(asked):
-        pairs.append(row | {"chosen": f"It is {i}.", "rejected": f"No, {i} is wrong."})
-    write(path / "pairs.jsonl", pairs)
-    return path
+def files(folders):
+    """Beside the tiny models and prompts of test_half_two.py: a model of few words, and pairs."""
+    short = ends_soon(tiny_model(4), share=0.2)
+    save(folders / "short", short, TOKENIZER)
+    save(folders / "base", tiny_model(5), TOKENIZER)
+    for name, count in {"preferences": 80, "steps": 40}.items():
+        lines = world.read(name)[:count]
+        (folders / f"{name}.jsonl").write_text(rows.json_lines(lines))
+    talks = {}
+    for row in world.read("sft"):
+        talks.setdefault(row["kind"], []).append(row)
+    lines = sum([some[:5] for some in talks.values()], [])
+    (folders / "talks.jsonl").write_text(rows.json_lines(lines))
+    return folders
 
 
-def write(path, lines):
-    path.write_text(rows.json_lines(lines))
-    return str(path)
+def told(Config, files, data="prompts", **changes):
+    """The settings of a small and silent run."""
+    settings = {"init": str(files / "short"), "data": str(files / f"{data}.jsonl"), "quiet": True}
+    return config_of(Config, files, **settings | changes)
 
 
-def quiet(Config, folders, **changes):
-    return config_of(Config, folders, quiet=True, **changes)
+def weight_of(folder):
+    return weight(load(folder)[0])
 
 
-def weights(model):
-    return torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+def texts_of(examples):
+    """-> {(prompt, answer)} of Examples, as they are read"""
+    pairs = set()
+    for example in examples:
+        start = example.answer.index(1)
+        pairs.add((TOKENIZER.decode(example.ids[:start]), TOKENIZER.decode(example.ids[start:])))
+    return pairs
 
 
-def same(a, b):
-    return torch.equal(weights(a), weights(b))
-
-
-def of_folder(folder):
-    return load(str(folder))[0]
+def prompts_of(comparisons):
+    return {world.flat(comparison.prompt) for comparison in comparisons}
 
 
 def wrapped(monkeypatch, module, name):
@@ -110,629 +136,1298 @@ def wrapped(monkeypatch, module, name):
 
 # ---------------------------------------------------------------- safe
 
-def half_harmful(config):
-    def score(prompts, texts):
-        return torch.ones(len(texts)), torch.full([len(texts)], 0.5)
-    return score
+def harms_half(prompts, texts):
+    """The judges of help like long answers; half of everything is harm."""
+    help = torch.tensor([float(len(text)) for text in texts])
+    return help, torch.full([len(texts)], 0.5)
 
 
-def test_only_the_limit_moves_the_price_of_harm(folders, exams, monkeypatch):
-    monkeypatch.setattr(safe, "load_judges", half_harmful)
-    logs = safe.train(quiet(safe.Config, folders, steps=2, guess=3.0, price=2.0))["logs"]
-    assert [row["price"] for row in logs["one_score"]] == pytest.approx([3.0, 3.0])
-    assert [row["price"] for row in logs["free"]] == pytest.approx([safe.LEAST] * 2, rel=1e-12)
-    assert 2.0 < logs["limit"][0]["price"] < logs["limit"][1]["price"]
+@pytest.fixture(scope="module")
+def prices(files):
+    """The price of harm in each of the three ways, batch after batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exam, "exam", Exams())
+        patch.setattr(safe, "load_judges", lambda config: harms_half)
+        config = told(safe.Config, files, steps=2, guess=3.0, price=2.0, rate=0.5, limit=0.1)
+        logs = safe.compare(config)[1]
+    return {name: [row["price"] for row in log] for name, log in logs.items()}
 
 
-def safe_without_training(folders, monkeypatch):
-    """-> the cards, and the weights that each of the three ways began with"""
-    begun = []
+def test_whoever_wants_help_alone_pays_nothing_for_harm(prices):
+    assert max(prices["free"]) < 1e-6
 
-    def climb(policy, *args):
-        begun.append(weights(policy))
+
+def test_the_price_in_one_score_stays_at_its_guess(prices):
+    assert prices["one_score"] == pytest.approx([3.0, 3.0])
+
+
+def test_the_price_of_a_limit_is_found_by_the_run(prices):
+    first = math.exp(math.log(2.0) + 0.5 * 2.0 * (0.5 - 0.1))
+    second = math.exp(math.log(first) + 0.5 * first * (0.5 - 0.1))
+    assert prices["limit"] == pytest.approx([first, second], rel=1e-4)
+
+
+@pytest.fixture
+def safe_run(files, exams, monkeypatch):
+    """A run in which nothing is learned but who it was; marks of help say who wrote the answer."""
+    def climb(policy, tokenizer, score, price, rate, config):
         with torch.no_grad():
-            policy.embed.weight += 1
-        return [{"price": 1.0, "harm": 0.5}]
-    monkeypatch.setattr(safe, "load_judges", half_harmful)
+            policy.embed.weight += 1 + price
+        return [{"price": price, "harm": price / 100}]
     monkeypatch.setattr(safe, "climb", climb)
-    return safe.train(quiet(safe.Config, folders, steps=1))["cards"], begun
-
-
-def test_each_way_of_safe_is_as_helpful_as_its_own_answers(folders, exams, monkeypatch):
+    monkeypatch.setattr(safe, "load_judges", lambda config: None)
     monkeypatch.setattr(safe, "marks_of", lambda row, text: {"helpful": float(text)})
-    exams.texts = ["0.1", "0.2", "0.3", "0.4"]                  # before, and of the three ways
-    cards, _ = safe_without_training(folders, monkeypatch)
-    helped = [card["helped"] for card in cards.values()]
-    assert helped == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    return safe.train(told(safe.Config, files, guess=3.0, price=2.0))
 
 
-def test_each_way_of_safe_begins_where_the_others_began(folders, exams, monkeypatch):
-    _, begun = safe_without_training(folders, monkeypatch)
-    assert len(begun) == 3
-    assert all(torch.equal(one, weights(of_folder(folders / "init"))) for one in begun)
+def safe_weight(files, price):
+    return weight(moved(load(files / "short")[0], 1 + price))
 
 
-def test_the_kl_of_safe_is_the_distance_from_the_start(folders, exams, monkeypatch):
-    safe_without_training(folders, monkeypatch)
-    start = of_folder(folders / "init")
-    assert all(same(call.reference, start) for call in exams.calls)
-    assert not any(same(call.model, start) for call in exams.calls[1:])
+def test_each_way_of_safe_is_examined_itself(files, safe_run):
+    start = weight_of(files / "short")
+    golds = {name: card["gold"] for name, card in safe_run["numbers"]["cards"].items()}
+    assert golds == pytest.approx({"before": start, "free": safe_weight(files, safe.LEAST),
+                                   "one_score": safe_weight(files, 3.0),
+                                   "limit": safe_weight(files, 2.0)})
+
+
+def test_what_helped_is_marked_on_the_same_answers_as_gold(safe_run):
+    for card in safe_run["numbers"]["cards"].values():
+        assert card["helped"] == pytest.approx(card["gold"])
+
+
+def test_the_ways_of_safe_are_as_far_as_they_went_from_the_start(files, safe_run):
+    start = weight_of(files / "short")
+    for name in "before", "free", "one_score", "limit":
+        assert safe_run["cards"][name]["kl"] == start
+        assert safe_run["cards"][name].get("against", start) == start
+
+
+@slow
+def test_the_figure_of_safe_shows_the_price_of_the_limit(safe_run):
+    assert safe_run["numbers"]["price"] == [2.0]
+    harms = {name: round(harm[0], 6) for name, harm in safe_run["numbers"]["harm"].items()}
+    assert harms == {"free": 0.0, "one_score": 0.03, "limit": 0.02}
+
+
+@slow
+def test_harm_is_what_the_head_of_harmless_denies(files, monkeypatch):
+    r = torch.tensor([[1.0, -30.0, 2.0], [1.0, 30.0, 2.0], [5.0, 30.0, 2.0], [1.0, 30.0, 7.0]])
+    monkeypatch.setattr(ppo, "score_by", lambda judge, tokenizer: lambda prompts, texts: r)
+    score = safe.load_judges(told(safe.Config, files, judges=str(files / "judges")))
+    help, harm = score(None, None)
+    assert harm.tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0], abs=1e-6)
+    assert help[0] == help[1] and help[2] > help[1] and help[3] > help[1]
+
+
+def safe_climb(files, score=harms_half, price=1.0, rate=1.0, **changes):
+    config = told(safe.Config, files, **{"steps": 3} | changes)
+    policy, tokenizer = load(config.init)
+    log = safe.climb(policy, tokenizer, score, price, rate, config)
+    return weights(policy), log
+
+
+@pytest.fixture(scope="module")
+def plain_climb(files):
+    return safe_climb(files, harms_some)[0]
+
+
+def harms_some(prompts, texts):
+    help, _ = harms_half(prompts, texts)
+    return help, torch.tensor([len(text) % 3 / 2 for text in texts])
+
+
+@slow
+@pytest.mark.parametrize("changes", [dict(price=9.0), dict(rate=9.0), dict(limit=0.9), dict(lr=0.1),
+                                     dict(beta=9.0), dict(batch=16), dict(seed=1), dict(steps=2),
+                                     dict(data="sft")])
+def test_every_setting_of_safe_changes_what_is_learned(files, plain_climb, changes):
+    if changes.get("data") == "sft":
+        path = files / "math.jsonl"
+        path.write_text(rows.json_lines(world.read("prompts")[40:60]))
+        changes = {"data": "math"}
+    assert not same(safe_climb(files, harms_some, **changes)[0], plain_climb)
+
+
+@slow
+def test_four_answers_in_a_row_have_one_prompt(files):
+    """RLOO holds each four against one another."""
+    asked = []
+
+    def score(prompts, texts):
+        asked.append([world.flat(prompt) for prompt in prompts])
+        return harms_half(prompts, texts)
+    safe_climb(files, score, steps=1, batch=16)
+    fours = [set(asked[0][i:i + 4]) for i in range(0, 16, 4)]
+    assert [len(four) for four in fours] == [1] * 4 and len(set.union(*fours)) > 1
 
 
 # ---------------------------------------------------------------- race
 
-def lucky_draws(monkeypatch):
-    """Every other answer is right, so there is something to learn. -> all Samples"""
-    draw = race.draw
+def some_are_right(truth, text, ended):
+    return [1.0, 0.1, 0.0][len(text) % 3]
+
+
+def race_climb(name, files, **changes):
+    """Eight answers a batch, of 72 tokens each as this model hardly ever ends: two batches."""
+    settings = {"init": str(files / "init"), "tokens": 1000}
+    return race.climb(name, told(race.Config, files, **settings | changes))
+
+
+@pytest.fixture
+def verified(monkeypatch):
+    monkeypatch.setattr(grpo, "strict", some_are_right)
+
+
+@pytest.fixture(scope="module")
+def plain_race(files):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "strict", some_are_right)
+        torch.manual_seed(0)
+        return weights(race_climb("ppo", files)[0])
+
+
+@slow
+@pytest.mark.parametrize("changes", [dict(lr=0.01), dict(critic_lr=0.1), dict(batch=16),
+                                     dict(seed=1), dict(tokens=1500), dict(data="math_only")])
+def test_every_setting_of_the_race_changes_what_is_learned(files, verified, plain_race, changes):
+    lines = [row for row in world.read("prompts") if row["kind"] == "math"][12:24]
+    (files / "math_only.jsonl").write_text(rows.json_lines(lines))
+    torch.manual_seed(0)
+    assert not same(weights(race_climb("ppo", files, **changes)[0]), plain_race)
+
+
+@pytest.mark.parametrize("name", race.RACERS)
+def test_the_budget_of_the_race_counts_sampled_tokens_alone(files, monkeypatch, name):
+    """Prompts are free."""
     drawn = []
 
-    def luck(*args):
-        samples, rewards = draw(*args)
-        drawn.append(samples)
-        return samples, (torch.arange(len(rewards)) % 2).float()
-    monkeypatch.setattr(race, "draw", luck)
-    return drawn
-
-
-@pytest.mark.parametrize("critic_lr", [0.0, 1e-2])
-def test_the_critic_of_the_race_learns_at_critic_lr(folders, monkeypatch, critic_lr):
-    lucky_draws(monkeypatch)
-    critics = []
-
-    def critic_of(transformer):
-        critic = ScalarModel(transformer)
-        critics.append((critic, weights(critic)))
-        return critic
-    monkeypatch.setattr(race, "ScalarModel", critic_of)
-    policy, _, _ = race.climb("ppo", quiet(race.Config, folders, tokens=1000, critic_lr=critic_lr))
-    critic, before = critics[0]
-    assert torch.equal(weights(critic), before) == (critic_lr == 0)
-    assert not same(policy, of_folder(folders / "init"))        # whose rate is another one
-
-
-@pytest.mark.parametrize("name", list(race.RACERS))
-def test_the_budget_of_the_race_counts_sampled_tokens_alone(folders, monkeypatch, name):
-    drawn = lucky_draws(monkeypatch)
-    _, _, curve = race.climb(name, quiet(race.Config, folders, tokens=1000))
-    sampled = np.cumsum([int(samples.answer.sum()) for samples in drawn]).tolist()
-    assert [tokens for tokens, _ in curve] == sampled
+    def look(*args, **settings):
+        samples = M.sample(*args, **settings)
+        drawn.append(int(samples.answer.sum()))
+        return samples
+    monkeypatch.setattr(race, "sample", look)
+    sampled = [tokens for tokens, right in race_climb(name, files)[2]]
+    assert sampled == np.cumsum(drawn).tolist()
     assert sampled[-2] < 1000 <= sampled[-1]
 
 
-def test_the_race_ends_in_an_exam_of_sums_alone(folders, exams, monkeypatch):
-    monkeypatch.setattr(race, "climb", lambda name, config: (name, None, [(1000, 0.5)]))
-    race.train(quiet(race.Config, folders, tokens=1000))
-    assert [call.model for call in exams.calls] == ["reinforce", "rloo", "grpo", "ppo"]
-    for call in exams.calls:
-        assert {row["kind"] for row in call.rows} == {"math"}
+@pytest.mark.parametrize("critic_lr", [0.0, 1e-2])
+def test_the_critic_of_the_race_learns_at_critic_lr(files, verified, monkeypatch, critic_lr):
+    critics = []
+
+    def critic_of(transformer):
+        critic = M.ScalarModel(transformer)
+        critics.append((critic, weights(critic)))
+        return critic
+    monkeypatch.setattr(race, "ScalarModel", critic_of)
+    race_climb("ppo", files, critic_lr=critic_lr)
+    [(critic, before)] = critics
+    assert same(weights(critic), before) == (critic_lr == 0)
+
+
+@slow
+@pytest.mark.parametrize("changes, rate", [(dict(lr=0.03), 0.03),
+                                           (dict(critic_lr=0.02), ppo.ALGORITHMS["ppo"].lr)])
+def test_a_racer_learns_at_his_own_rate_unless_told(files, monkeypatch, changes, rate):
+    optimizers = wrapped(monkeypatch, race, "adamw")
+    race_climb("ppo", files, **changes)
+    assert {type(network): lr for network, lr in optimizers}[M.Transformer] == rate
+
+
+@slow
+@pytest.mark.parametrize("name", race.RACERS)
+def test_every_racer_draws_as_many_answers_at_a_time(files, monkeypatch, name):
+    counts = []
+
+    def look(policy, tokenizer, prompts, n, *args, **settings):
+        counts.append((len(prompts), n))
+        return M.sample(policy, tokenizer, prompts, n, *args, **settings)
+    monkeypatch.setattr(race, "sample", look)
+    race_climb(name, files)
+    assert set(counts) == {(8 // race.RACERS[name].group, race.RACERS[name].group)}
+
+
+@slow
+@pytest.mark.parametrize("name, sizes", [("rloo", [8]), ("grpo", [8]), ("ppo", [4] * 4)])
+def test_ppo_alone_takes_two_passes_in_small_batches(files, monkeypatch, name, sizes):
+    seen = []
+    loss_of = race.loss_of
+
+    def look(name, logps, *args):
+        seen.append(len(logps))
+        return loss_of(name, logps, *args)
+    monkeypatch.setattr(race, "loss_of", look)
+    race_climb(name, files)
+    assert seen == sizes * 2
+
+
+@slow
+def test_who_ran_before_leaves_no_trace(files, verified):
+    alone, _, curve = race_climb("rloo", files)
+    race_climb("reinforce", files)
+    again, _, curve_again = race_climb("rloo", files)
+    assert same(weights(alone), weights(again)) and curve == curve_again
+
+
+@slow
+@pytest.mark.parametrize("reward, right", [(1.0, 1.0), (0.1, 0.0)])
+def test_what_is_wrong_in_the_right_form_is_wrong(files, monkeypatch, reward, right):
+    monkeypatch.setattr(grpo, "strict", lambda truth, text, ended: reward)
+    assert {share for tokens, share in race_climb("rloo", files)[2]} == {right}
+
+
+@pytest.fixture
+def race_run(files, exams, monkeypatch):
+    def climb(name, config):
+        policy, tokenizer = load(config.init)
+        place = list(race.RACERS).index(name) + 1
+        return moved(policy, place), tokenizer, [(500, 0.1), (1000 * place, 0.1 + place / 5)]
+    monkeypatch.setattr(race, "climb", climb)
+    return race.train(told(race.Config, files, tokens=4000, goal=0.4))["numbers"], exams.asked
+
+
+def test_the_exam_of_a_racer_is_his_own(files, race_run):
+    start = load(files / "short")[0]
+    for place, name in enumerate(race.RACERS, 1):
+        assert race_run[0]["greedy"][name] == weight(moved(start, place))
+
+
+def test_racers_are_examined_in_sums(race_run):
+    assert len(race_run[1]) == 4
+    assert all(row["kind"] == "math" for asked in race_run[1] for row in asked)
+
+
+@slow
+def test_who_never_reaches_the_goal_spends_the_budget(race_run):
+    assert race_run[0]["until"] == dict(zip(race.RACERS, [4000, 2000, 3000, 4000]))
 
 
 # ---------------------------------------------------------------- landscape
 
-def landscape_runs(folders, monkeypatch, tmp_path, data, name):
-    """-> what each run of a scenario was told"""
-    told = {}
+@pytest.fixture
+def learned(files, monkeypatch):
+    """What each run of the landscape was told: {name: changes}"""
+    changes_of = {}
 
     def learn(name, config, **changes):
-        told[name] = changes
-        return {"after": dict.fromkeys(exam.CARD, 0.5) | {"gold": 0.5},
-                "log": [{"chosen": 0.0, "rejected": 0.0}]}
+        changes_of[name] = changes
+        place = len(changes_of)
+        card = {"gold": place / 10, "kl": place, "length": 20.0, "flattery": 0.1}
+        return {"after": card, "log": [{"chosen": -place, "rejected": -2 * place}]}
     monkeypatch.setattr(landscape, "learn", learn)
     monkeypatch.setattr(landscape, "exact_toy", lambda config: {1.0: 0.0})
-    landscape.train(quiet(landscape.Config, folders, runs="", scenario=name, data=data,
-                          out=str(tmp_path)))
-    return told
+    monkeypatch.setattr(landscape, "ask_all", lambda config: {})
+    monkeypatch.setattr(landscape, "need", lambda *args: None)
+    return changes_of
 
 
-def many_pairs(tmp_path, count):
-    lines = []
-    for i in range(count):
-        lines.append({"prompt": f"Which? {i}", "chosen": "good", "rejected": "bad", "kind": "chat"})
-    return write(tmp_path / "many.jsonl", lines)
+def landscaped(files, tmp_path, data="preferences", **changes):
+    config = told(landscape.Config, files, data=data, out=str(tmp_path), **changes)
+    return landscape.train(config)["numbers"]
 
 
-def test_a_third_of_the_labels_that_noisy_runs_learn_from_is_wrong(folders, monkeypatch, tmp_path):
-    told = landscape_runs(folders, monkeypatch, tmp_path, many_pairs(tmp_path, 300), "noisy")
-    assert len({changes["data"] for changes in told.values()}) == 1
-    pairs = rows.read_pairs(told["dpo"]["data"])
-    wrong = [pair for pair in pairs if (pair.chosen, pair.rejected) == ("bad", "good")]
-    assert len(pairs) == 300 and 70 < len(wrong) < 130
-    assert all(pair.row["kind"] == "chat" for pair in pairs)    # the rest of a line stays
+def test_a_third_of_the_noisy_labels_is_really_wrong(files, learned, tmp_path):
+    landscaped(files, tmp_path, scenario="noisy")
+    [data] = {changes["data"] for changes in learned.values()}
+    before = rows.read_pairs(files / "preferences.jsonl")
+    after = rows.read_pairs(data)
+    turned = 0
+    for old, new in zip(before, after, strict=True):
+        assert new.prompt == old.prompt and {new.chosen, new.rejected} == {old.chosen, old.rejected}
+        assert new.row["kind"] == old.row["kind"]               # the rest of a line stays
+        turned += new.chosen == old.rejected
+    assert 15 <= turned <= 40
 
 
-def test_only_the_robust_loss_is_told_of_the_noise(folders, monkeypatch, tmp_path):
-    told = landscape_runs(folders, monkeypatch, tmp_path, many_pairs(tmp_path, 9), "noisy")
-    noise = {name: changes.get("noise") for name, changes in told.items()}
+@slow
+def test_noisy_labels_come_from_the_seed(files, learned, tmp_path):
+    texts = []
+    for seed in 0, 1:
+        landscaped(files, tmp_path, scenario="noisy", seed=seed)
+        texts.append(Path(learned["dpo"]["data"]).read_text())
+    assert texts[0] != texts[1]
+
+
+def test_only_the_robust_loss_is_told_of_the_noise(files, learned, tmp_path):
+    landscaped(files, tmp_path, scenario="noisy")
+    noise = {name: changes.get("noise") for name, changes in learned.items()}
     assert noise == {"dpo": None, "robust": 1 / 3, "ipo": None}
 
 
-def test_few_runs_learn_from_200_pairs(folders, monkeypatch, tmp_path):
-    told = landscape_runs(folders, monkeypatch, tmp_path, many_pairs(tmp_path, 300), "few")
-    assert [len(rows.read_pairs(changes["data"])) for changes in told.values()] == [200, 200]
+def test_few_are_two_hundred_pairs_for_all(files, learned, tmp_path):
+    lines = world.read("preferences")[:230]
+    (files / "many.jsonl").write_text(rows.json_lines(lines))
+    landscaped(files, tmp_path, data="many", scenario="few")
+    [data] = {changes["data"] for changes in learned.values()}
+    assert [pair.row for pair in rows.read_pairs(data)] == lines[:200]
+
+
+@slow
+def test_ahead_starts_from_a_model_that_is_better_than_the_winners(files, learned, tmp_path):
+    landscaped(files, tmp_path, scenario="ahead")
+    assert learned == {"apo_zero": {"init": "out/ppo"}, "apo_down": {"init": "out/ppo"}}
+
+
+@slow
+def test_small_tries_losses_without_a_second_model(files, learned, tmp_path):
+    landscaped(files, tmp_path, scenario="small")
+    assert {name for name in learned if not dpo.LOSSES[name].reference} == {"simpo", "orpo"}
+
+
+@slow
+def test_the_card_of_a_loss_is_its_own(files, learned, tmp_path):
+    cards = landscaped(files, tmp_path, runs="ipo dpo kto")["cards"]
+    assert {name: card["gold"] for name, card in cards.items()} == {"ipo": 0.1, "dpo": 0.2,
+                                                                    "kto": 0.3}
+
+
+@slow
+def test_the_curve_of_the_landscape_is_dpos(files, learned, tmp_path):
+    numbers = landscaped(files, tmp_path, runs="ipo dpo kto")
+    assert (numbers["chosen"], numbers["rejected"]) == ([-2.0], [-4.0])
+
+
+@pytest.fixture
+def settings_of(files, monkeypatch):
+    """What dpo.py, kto.py and ppo.py are told by a run."""
+    seen = {}
+    for name, module in {"dpo": dpo, "kto": kto, "ppo": ppo}.items():
+        monkeypatch.setattr(module, "train", lambda config, name=name: seen.update({name: config}))
+    config = told(landscape.Config, files, data="preferences", steps=20, seed=5, beta=0.7)
+    for name in "ipo", "kto", "ppo":
+        landscape.learn(name, config)
+    return seen
+
+
+@slow
+def test_all_runs_of_the_landscape_have_its_settings(files, settings_of):
+    for name in "dpo", "kto", "ppo":
+        config = settings_of[name]
+        assert (config.init, config.steps, config.seed) == (str(files / "short"), 20, 5)
+        assert config.beta == 0.7 and not config.save
+    assert settings_of["dpo"].loss == "ipo"
+
+
+@slow
+def test_thumbs_and_pairs_are_the_same_answers(files, settings_of):
+    assert settings_of["kto"].data == settings_of["dpo"].data == str(files / "preferences.jsonl")
+    assert settings_of["kto"].batch == 2 * settings_of["dpo"].batch
+
+
+@slow
+def test_ppo_in_the_landscape_asks_its_own_prompts(settings_of):
+    assert settings_of["ppo"].data == ppo.Config.data
 
 
 # ---------------------------------------------------------------- online
 
-def echo(policy, tokenizer, prompts, n=1, max_new=64, **settings):
-    """Says back what it was asked, and which of n answers it is."""
-    texts = []
-    examples = []
-    for ids in prompts:
-        for k in range(n):
-            texts.append(f"{tokenizer.decode(ids)} {k}")
-            tail = tokenizer.encode_ordinary(f" {k}")
-            examples.append(Example(ids + tail, [0] * len(ids) + [1] * len(tail)))
-    longest = max(len(example.ids) for example in examples)
-    ids, mask, answer = [], [], []
-    for one in examples:
-        blank = [0] * (longest - len(one.ids))
-        ids.append(one.ids + blank)
-        mask.append([1] * len(one.ids) + blank)
-        answer.append(one.answer + blank)
-    answer = torch.tensor(answer).bool()
-    return Samples(torch.tensor(ids), torch.tensor(mask).bool(), answer,
-                   torch.zeros(answer.shape), torch.ones(len(texts), dtype=torch.bool), texts)
-
-
-def test_online_answers_are_judged_under_the_prompts_that_they_answer(folders, monkeypatch):
-    monkeypatch.setattr(online, "sample", echo)
+def judged_and_learned(monkeypatch):
+    """Two answers to each of three prompts, which name their prompt, and the second is better.
+    -> [(prompt, text)] that were judged; prompts and pairs that are learned from"""
+    prompts = [rows.Prompt(rows.to_messages(f"Ask {i}"), {"prompt": f"Ask {i}"}, "")
+               for i in range(3)]
     judged = []
 
-    def score(prompts, texts):
-        judged.extend(zip(prompts, texts))
-        return [float(i) for i in range(len(texts))]            # the second one is better
-    tokenizer = load_ranks()
-    prompts = rows.read_prompts(str(folders / "prompts.jsonl"))[:5]
-    pairs = online.own_pairs(None, tokenizer, score, prompts, quiet(online.Config, folders), None)
-    assert len(judged) == 10
-    for prompt, text in judged:
-        assert prompt.row["prompt"] in text
-    for pair in pairs:                                          # and so they are learned from
-        assert tokenizer.decode(pair.chosen.ids).rstrip().endswith("1")
-        assert pair.row["prompt"] in tokenizer.decode(pair.chosen.ids)
-        assert pair.row["prompt"] in tokenizer.decode(pair.rejected.ids)
+    def answer(policy, tokenizer, asked, n, *args, **settings):
+        texts, examples = [], []
+        for ids in asked:
+            for end in "?", "!":
+                texts.append(TOKENIZER.decode(ids).split("\n")[1].split("<")[0] + end)
+                tail = TOKENIZER.encode_ordinary(end)
+                examples.append(M.Example(ids + tail, [0] * len(ids) + [1] * len(tail)))
+        ids, mask, answered = M.collate(examples, TOKENIZER, "cpu")
+        return M.Samples(ids, mask, answered, None, torch.ones(len(ids)).bool(), texts)
+
+    def score(asked, texts):
+        judged.extend(zip(asked, texts, strict=True))
+        return [float(text.endswith("!")) for text in texts]
+    monkeypatch.setattr(online, "sample", answer)
+    pairs = online.own_pairs(None, TOKENIZER, score, prompts, online.Config(), None)
+    return judged, list(zip(prompts, pairs, strict=True))
+
+
+def test_an_answer_is_judged_under_the_prompt_that_it_answers(monkeypatch):
+    judged, _ = judged_and_learned(monkeypatch)
+    assert len(judged) == 6
+    assert all(text[:-1] == prompt.row["prompt"] for prompt, text in judged)
+
+
+def test_of_two_own_answers_the_better_one_is_chosen(monkeypatch):
+    _, learned = judged_and_learned(monkeypatch)
+    for prompt, pair in learned:
+        asked = TOKENIZER.decode(M.render_prompt(TOKENIZER, prompt.messages))
+        assert texts_of([pair.chosen]) == {(asked, "!")}
+        assert texts_of([pair.rejected]) == {(asked, "?")} and pair.row == prompt.row
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 4])
-def test_online_answers_anew_in_each_round_with_the_policy_as_it_is(folders, monkeypatch, rounds):
+def test_online_answers_anew_in_each_round_with_the_policy_as_it_is(files, monkeypatch, rounds):
     asked = []
 
     def own_pairs(policy, tokenizer, score, prompts, config, generator):
         asked.append(weights(policy))
-        return pairs_of(prompts, tokenizer)
+        pairs = []
+        for prompt in prompts:
+            good = M.render_answer(tokenizer, prompt.messages, "Yes.")
+            bad = M.render_answer(tokenizer, prompt.messages, "No, not at all.")
+            pairs.append(dpo.Pair(good, bad, prompt.row))
+        return pairs
     monkeypatch.setattr(online, "own_pairs", own_pairs)
-    config = quiet(online.Config, folders, steps=4, rounds=rounds)
-    online.learn(config, None)
+    online.learn(told(online.Config, files, steps=4, rounds=rounds), None)
     assert len(asked) == rounds
     for before, after in zip(asked, asked[1:]):
-        assert not torch.equal(before, after)
+        assert not same(before, after)
 
 
-def pairs_of(prompts, tokenizer):
-    pairs = []
-    for prompt in prompts:
-        good = render_answer(tokenizer, prompt.messages, "Yes.")
-        bad = render_answer(tokenizer, prompt.messages, "No, not at all.")
-        pairs.append(online.dpo.Pair(good, bad, prompt.row))
-    return pairs
-
-
-def test_online_compares_the_file_three_rounds_and_one_for_each_step(folders, exams, monkeypatch):
-    told = []
-
-    def learn(config, score):
-        told.append(config.rounds)
-        return f"{config.rounds} rounds", online.Log(config)
-    monkeypatch.setattr(online, "learn", learn)
-    monkeypatch.setattr(online, "offline", lambda config: dict.fromkeys(exam.CARD, 0.5))
-    results = online.train(quiet(online.Config, folders, steps=7), score=len)
-    assert list(results["cards"]) == ["before", "offline", "3 rounds", "online"]
-    assert told == [3, 7]
-    assert [call.model for call in exams.calls[1:]] == ["3 rounds", "7 rounds"]
-    start = of_folder(folders / "init")
-    assert all(same(call.reference, start) for call in exams.calls)
-
-
-def test_online_offline_learns_as_long_and_as_fast(folders, monkeypatch):
-    told = []
+def test_online_offline_learns_as_long_and_as_fast(files, monkeypatch):
+    seen = []
 
     def train(config):
-        told.append(config)
+        seen.append(config)
         return {"after": {}}
-    monkeypatch.setattr(online.dpo, "train", train)
+    monkeypatch.setattr(dpo, "train", train)
     changes = {"steps": 7, "batch": 5, "lr": 0.25, "beta": 0.75, "seed": 4}
-    config = quiet(online.Config, folders, **changes)
+    config = told(online.Config, files, **changes)
     online.offline(config)
     for name in ("init", "data", *changes):
-        assert getattr(told[0], name) == getattr(config, name)
+        assert getattr(seen[0], name) == getattr(config, name)
+
+
+@pytest.fixture
+def online_run(files, exams, monkeypatch):
+    """-> run(**settings), whose learner moves as far as it has rounds"""
+    def learn(config, score):
+        policy, _ = load(config.init)
+        return moved(policy, config.rounds), SimpleNamespace(rows=[{"rounds": config.rounds}])
+
+    def run(**changes):
+        config = told(online.Config, files, data="preferences", **{"steps": 7} | changes)
+        return online.train(config, lambda prompts, texts: None)
+    monkeypatch.setattr(online, "learn", learn)
+    monkeypatch.setattr(online, "offline", lambda config: exam.exam(tiny_model(9), None)[0]
+                        | {"kl": weight_of(config.init)})
+    return run
+
+
+def test_online_answers_anew_at_every_step_and_between_in_three_rounds(files, online_run):
+    start = load(files / "short")[0]
+    golds = {name: card["gold"] for name, card in online_run()["cards"].items()}
+    assert golds == {"before": weight(start), "offline": weight(tiny_model(9)),
+                     "3 rounds": weight(moved(start, 3)), "online": weight(moved(start, 7))}
+
+
+def test_online_is_far_from_where_it_began(files, online_run):
+    start = weight_of(files / "short")
+    for name, card in online_run()["cards"].items():
+        assert card["kl"] == start and card.get("against", start) == start, name
+
+
+@slow
+def test_after_and_the_log_of_online_are_the_freshest_run(online_run):
+    results = online_run()
+    assert results["after"] is results["cards"]["online"]
+    assert results["log"] == [{"rounds": 7}]
+    assert weight(results["model"]) == results["after"]["gold"]
+
+
+@slow
+def test_so_many_rounds_are_run_alone(files, online_run):
+    results = online_run(rounds=2)
+    assert list(results["cards"]) == ["before", "2 rounds"]
+    assert results["after"]["gold"] == weight(moved(load(files / "short")[0], 2))
+
+
+@slow
+def test_online_keeps_the_model_of_its_last_run(files, online_run, tmp_path):
+    results = online_run(save=True, out=str(tmp_path / "out"))
+    assert weight_of(tmp_path / "out") == pytest.approx(weight(results["model"]), rel=1e-2)
+    assert abs(weight_of(tmp_path / "out") - results["before"]["gold"]) > 100
+
+
+@slow
+def test_the_judge_of_online_is_the_one_that_was_named(files):
+    scores = []
+    prompts = [rows.Prompt(rows.to_messages("Hi"), {}, "")]
+    for name in "reward", "reward_1":
+        config = told(online.Config, files, judge=str(files / name))
+        judge, _ = load_scalar(config.judge)
+        scores.append(online.load_judge(config)(prompts, ["Yes."]).item())
+        assert scores[-1] == best_of.reward(judge, TOKENIZER, prompts, ["Yes."]).item()
+    assert scores[0] != scores[1]
 
 
 # ---------------------------------------------------------------- kto
 
-def test_z_is_measured_on_answers_under_other_prompts(folders):
+@pytest.fixture(scope="module")
+def thumbed(files):
+    """A run of kto.py: what was judged before and after, what was learned, what z was asked."""
+    seen = SimpleNamespace(held=[], learned=[], others=[])
+    evaluate, fixed_ratios, ratios = kto.evaluate, kto.fixed_ratios, kto.ratios
+
+    def look(policy, reference, thumbs, *args):
+        seen.held.append(thumbs)
+        return evaluate(policy, reference, thumbs, *args)
+
+    def look_at_others(policy, reference, examples, *args):
+        seen.others.append(examples)
+        return fixed_ratios(policy, reference, examples, *args)
+
+    def look_at_learned(policy, reference, examples, *args):
+        if torch.is_grad_enabled():
+            seen.learned.extend(examples)
+        return ratios(policy, reference, examples, *args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exam, "exam", Exams())
+        patch.setattr(kto, "evaluate", look)
+        patch.setattr(kto, "fixed_ratios", look_at_others)
+        patch.setattr(kto, "ratios", look_at_learned)
+        config = told(kto.Config, files, data="preferences", steps=12, batch=16, lr=0.01)
+        seen.results = kto.train(config)
+    seen.start = weight_of(config.init)
+    return seen
+
+
+def test_kto_tells_good_from_bad_on_prompts_that_it_has_not_learned(thumbed):
+    held = {prompt for prompt, _ in texts_of(thumb.judged for thumb in thumbed.held[1])}
+    assert held and not held & {prompt for prompt, _ in texts_of(thumbed.learned)}
+
+
+def test_before_and_after_are_of_the_same_thumbs(thumbed):
+    before, after = thumbed.held
+    assert before == after
+
+
+@slow
+def test_all_other_thumbs_are_learned_from(files, thumbed):
+    count = 2 * len(rows.read_pairs(files / "preferences.jsonl"))
+    learned = {tuple(example.ids) for example in thumbed.learned}
+    assert len(learned) + len(thumbed.held[0]) >= 0.97 * count
+
+
+def test_z_is_measured_on_answers_under_other_prompts(files):
     """The prompt is the thumb's own, and the answer was given to another one."""
-    tokenizer = load_ranks()
-    config = quiet(kto.Config, folders, data=str(folders / "pairs.jsonl"))
+    config = told(kto.Config, files, data="preferences")
     answers = {}
     for one in rows.read_judgements(config.data):
-        example = render_answer(tokenizer, one.prompt, one.answer)
-        prompt, answer = halves(example)
+        [(prompt, answer)] = texts_of([M.render_answer(TOKENIZER, one.prompt, one.answer)])
         answers.setdefault(prompt, set()).add(answer)
-    for thumb in sum(kto.read_thumbs(config, tokenizer, 256), []):
-        prompt, answer = halves(thumb.mismatched)
-        assert prompt == halves(thumb.judged)[0]
+    for thumb in sum(kto.read_thumbs(config, TOKENIZER, 256), []):
+        [(prompt, answer)] = texts_of([thumb.mismatched])
+        assert {prompt} == {own for own, _ in texts_of([thumb.judged])}
         assert answer not in answers[prompt]
         assert any(answer in others for others in answers.values())
 
 
-def halves(example):
-    start = list(example.answer).index(1)
-    return tuple(example.ids[:start]), tuple(example.ids[start:])
+@slow
+def test_every_step_of_kto_asks_z_of_answers_to_other_prompts(files, thumbed):
+    true = set()
+    for judgement in rows.read_judgements(files / "preferences.jsonl"):
+        true |= texts_of([M.render_answer(TOKENIZER, judgement.prompt, judgement.answer)])
+    of_steps = thumbed.others[1:-1]                             # the first and last are evaluate's
+    assert len(of_steps) == 12
+    for examples in of_steps:
+        prompts = {prompt for prompt, answer in texts_of(examples)}
+        assert not texts_of(examples) & true and len(prompts) > 1
 
 
-def kto_run(folders, monkeypatch, **changes):
-    """-> the results, the thumbs that were looked at, and those that were learned from"""
-    looked = wrapped(monkeypatch, kto, "evaluate")
+def test_kto_is_far_from_where_it_began(thumbed):
+    before, after = thumbed.results["before"], thumbed.results["after"]
+    assert (before["kl"], before["gold"]) == (thumbed.start, thumbed.start)
+    assert (after["kl"], after["against"]) == (thumbed.start, thumbed.start)
+    assert after["gold"] == weight(thumbed.results["model"]) != thumbed.start
+
+
+@slow
+def test_the_figure_of_kto_has_both_cards(thumbed):
+    for key in "separation", "gold", "kl":
+        for when in "before", "after":
+            assert thumbed.results["numbers"][key][when] == thumbed.results[when][key]
+
+
+def test_few_thumbs_up_are_judged_by_as_many_held_out_ones(files):
+    config = told(kto.Config, files, data="preferences", share=0.1)
+    few, held = kto.read_thumbs(config, TOKENIZER, 256)
+    many, all_held = kto.read_thumbs(told(kto.Config, files, data="preferences"), TOKENIZER, 256)
+    assert len(few) < len(many) and held == all_held
+
+
+def test_the_share_of_kto_thins_out_the_good_thumbs_that_it_learns(files, exams, monkeypatch):
     learned = wrapped(monkeypatch, kto, "batches")
-    settings = {"steps": 2, "data": str(folders / "pairs.jsonl")} | changes
-    results = kto.train(quiet(kto.Config, folders, **settings))
-    return results, [call[2] for call in looked], learned[0][0]
-
-
-def test_kto_tells_good_from_bad_on_thumbs_that_it_has_not_learned(folders, exams, monkeypatch):
-    _, looked, learned = kto_run(folders, monkeypatch)
-    assert len(looked) == 2 and looked[0] == looked[1]          # before and after
-    prompts = {halves(thumb.judged)[0] for thumb in learned}
-    for thumb in looked[1]:
-        assert halves(thumb.judged)[0] not in prompts
-
-
-def test_the_share_of_kto_thins_out_the_good_thumbs_that_it_learns(folders, exams, monkeypatch):
-    _, looked, learned = kto_run(folders, monkeypatch, share=0.2)
-    assert sum(thumb.good for thumb in learned) < sum(not thumb.good for thumb in learned)
-    assert sum(thumb.good for thumb in looked[1]) == sum(not thumb.good for thumb in looked[1])
-
-
-def test_ktos_kl_is_the_distance_from_the_start(folders, exams, monkeypatch):
-    kto_run(folders, monkeypatch)
-    start = of_folder(folders / "init")
-    assert all(same(call.reference, start) for call in exams.calls)
-    assert not same(exams.calls[-1].model, start)
+    kto.train(told(kto.Config, files, data="preferences", steps=1, share=0.2))
+    thumbs = learned[0][0]
+    assert sum(thumb.good for thumb in thumbs) < sum(not thumb.good for thumb in thumbs) / 2
 
 
 @pytest.mark.parametrize("gold, passed", [(0.52, False), (0.54, True)])
-def test_ktos_target_is_gold_above_that_of_the_start(folders, exams, monkeypatch, gold, passed):
+def test_ktos_target_is_gold_above_that_of_the_start(files, exams, gold, passed):
     exams.golds = [0.5, gold]
-    results, _, _ = kto_run(folders, monkeypatch, steps=1)
-    assert results["passed"] == passed
+    results = kto.train(told(kto.Config, files, data="preferences", steps=1))
+    assert results["passed"] is passed
 
 
 # ---------------------------------------------------------------- best_of
 
-def best_of_run(folders, monkeypatch, tmp_path, **changes):
-    """Answers 0 to 3 to each prompt, of which 2 is the best. -> results, and what was learned"""
-    monkeypatch.setattr(best_of, "ask", numbered)
-    learned = {}
-
-    def learn_from(path, config, **changes):
-        said = [row.messages[-1]["content"] for row in rows.read_conversations(path)]
-        learned[path.split("/")[-1]] = said
-        return {"model": path.split("/")[-1], "log": [{"step": 0, "loss": 1.0}]}
-    monkeypatch.setattr(best_of, "learn_from", learn_from)
-
-    def likes_two(prompts, texts):
-        return [-abs(float(text) - 2) for text in texts]
-    config = quiet(best_of.Config, folders, n=4, prompts=16, out=str(tmp_path), **changes)
-    return best_of.train(config, score=likes_two), learned
+def likes_a(prompts, texts):
+    return [float(text.count("a")) + len(text) / 1000 for text in texts]
 
 
 def numbered(model, tokenizer, config, n, generator):
-    """The same as best_of.ask(): n answers to each prompt, which are called 0 to n - 1."""
+    """In place of best_of.ask(): n answers to each prompt, which are called 0 to n - 1."""
     prompts = rows.read_prompts(config.data)[:config.prompts]
     asked = [prompt for prompt in prompts for _ in range(n)]
     texts = [str(i % n) for i in range(len(asked))]
     return asked, texts, torch.ones(len(texts), dtype=torch.bool)
 
 
+def likes(number):
+    return lambda prompts, texts: [-abs(float(text) - number) for text in texts]
+
+
+def answers_in(lines):
+    return [json.loads(line)["messages"][-1]["content"] for line in lines.splitlines()]
+
+
+@pytest.fixture
+def chosen(files, exams, tmp_path, monkeypatch):
+    """-> run(score, **settings). Who learns from best.jsonl moves by 2, from random.jsonl by 1."""
+    runs = []
+
+    def learn_from(path, config, **changes):
+        name = Path(path).stem
+        runs.append((name, changes))
+        model = moved(load(config.init)[0], {"best": 2, "random": 1}[name])
+        return {"model": model, "log": [{"step": 0, "loss": 1.0}]}
+
+    def run(score=likes_a, **changes):
+        settings = {"out": str(tmp_path), "n": 4, "prompts": 12, "max_new": 12}
+        config = told(best_of.Config, files, **settings | changes)
+        results = best_of.train(config, score)
+        return results | {"kept": {name: (tmp_path / f"{name}.jsonl").read_text()
+                                   for name in ("best", "random")}}
+    monkeypatch.setattr(best_of, "learn_from", learn_from)
+    run.runs = runs
+    return run
+
+
+def test_the_judge_has_no_say_in_the_control(chosen, monkeypatch):
+    monkeypatch.setattr(best_of, "ask", numbered)
+    controls = [answers_in(chosen(likes(number))["kept"]["random"]) for number in (0, 2)]
+    assert controls[0] == controls[1] and len(set(controls[0])) > 2
+
+
+def test_of_the_answers_to_each_prompt_the_judges_best_is_kept(chosen, monkeypatch):
+    monkeypatch.setattr(best_of, "ask", numbered)
+    assert answers_in(chosen(likes(2))["kept"]["best"]) == ["2"] * 12
+
+
+@slow
+def test_the_truth_has_no_say_in_the_best(chosen, monkeypatch):
+    kept = chosen()["kept"]
+    truth = best_of.truth
+    monkeypatch.setattr(best_of, "truth", lambda *args: 1 - truth(*args))
+    assert chosen()["kept"] == kept
+
+
+def test_the_models_of_best_of_are_examined_by_name(files, chosen):
+    start = load(files / "short")[0]
+    results = chosen()
+    want = {"before": weight(start), "random": weight(moved(start, 1)),
+            "best": weight(moved(start, 2))}
+    assert {name: card["gold"] for name, card in results["cards"].items()} == want
+    assert results["numbers"]["models"] == want
+
+
+def test_both_learners_of_best_of_are_far_from_where_they_began(files, chosen):
+    start = weight_of(files / "short")
+    cards = chosen()["cards"]
+    for name in "random", "best":
+        assert (cards[name]["kl"], cards[name]["against"]) == (start, start)
+
+
+@slow
+def test_the_control_is_not_kept(chosen):
+    chosen()
+    changes = dict(chosen.runs)
+    assert changes["random"]["save"] is False and "save" not in changes["best"]
+
+
 @pytest.mark.parametrize("golds, passed", [((0.9, 0.5, 0.6), True), ((0.1, 0.5, 0.55), False)])
-def test_best_ofs_target_is_against_the_random_control(folders, exams, monkeypatch, tmp_path,
-                                                       golds, passed):
+def test_the_best_have_to_beat_the_control(chosen, exams, golds, passed):
+    """It trained as long on the model's own words: what beats the start may be that alone."""
     exams.golds = golds                                         # before, random, best
-    results, _ = best_of_run(folders, monkeypatch, tmp_path)
-    assert results["passed"] == passed
+    assert chosen()["passed"] is passed
 
 
-def test_the_control_of_best_of_learns_answers_that_nobody_chose(folders, exams, monkeypatch,
-                                                                 tmp_path):
-    _, learned = best_of_run(folders, monkeypatch, tmp_path)
-    assert learned["best.jsonl"] == ["2"] * 16
-    assert len(learned["random.jsonl"]) == 16 and len(set(learned["random.jsonl"])) > 2
+@slow
+@pytest.mark.parametrize("changes", [dict(n=2), dict(prompts=6), dict(max_new=3), dict(seed=1)])
+def test_every_setting_of_best_of_changes_what_is_kept(chosen, changes):
+    assert chosen(**changes)["kept"]["best"] != chosen()["kept"]["best"]
 
 
-def test_best_of_examines_who_learned_what_and_measures_kl_from_before(folders, exams, monkeypatch,
-                                                                      tmp_path):
-    exams.golds = [0.1, 0.2, 0.3]
-    results, _ = best_of_run(folders, monkeypatch, tmp_path)
-    assert [call.model for call in exams.calls[1:]] == ["random.jsonl", "best.jsonl"]
-    assert results["numbers"]["models"] == {"before": 0.1, "random": 0.2, "best": 0.3}
-    start = of_folder(folders / "init")
-    assert all(same(call.reference, start) for call in exams.calls[1:])
+@slow
+def test_the_judge_that_was_named_chooses(files, chosen, monkeypatch):
+    asked = []
+    reward = best_of.reward
+
+    def look(judge, *args):
+        asked.append(weight(judge))
+        return reward(judge, *args)
+    monkeypatch.setattr(best_of, "reward", look)
+    for name in "reward", "reward_1":
+        chosen(None, judge=str(files / name))
+    assert asked == [weight(load_scalar(files / name)[0]) for name in ("reward", "reward_1")]
+
+
+@slow
+def test_answers_are_learned_with_the_settings_of_the_run(files, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sft, "train", seen.append)
+    settings = dict(steps=3, batch=5, accumulate=2, lr=0.02, lora=4, seed=7, out="x")
+    config = told(best_of.Config, files, **settings)
+    best_of.learn_from("kept.jsonl", config, save=False)
+    for name, value in (settings | {"init": config.init, "data": "kept.jsonl"}).items():
+        assert getattr(seen[0], name) == value, name
+    assert not seen[0].save
 
 
 # ---------------------------------------------------------------- distill
 
-def test_distill_learns_the_kl_from_teacher_to_student(folders, tmp_path):
-    """The loss of the first step is the mean, over the answers' tokens, of KL(p_T || p_S)."""
-    tokenizer = load_ranks()
-    student, teacher = tiny_model(0), tiny_model(1)
+def sure_model(seed):
+    """A tiny model of strong opinions."""
+    network = tiny_model(seed)
     with torch.no_grad():
-        teacher.embed.weight *= 8                               # so sure that both ways differ
-    lines = []
-    for i in range(8):
-        lines.append({"messages": world.chat(f"What is {i}?", f"So it is {i}.")})
-    path = write(tmp_path / "said.jsonl", lines)
-    config = quiet(distill.Config, folders, steps=1, batch=6)
-    examples = sft.to_examples(rows.read_conversations(path), tokenizer, 256, sft.Config(cut=True))
-    examples, _ = distill.hold_out(examples, most=40)
-    assert len(examples) == 6                                   # all of them are in the batch
-    forth, back = [], []
-    with torch.no_grad():
-        for example in examples:
-            log_s, _ = sft.shift(student, [example], tokenizer)
-            log_t, _ = sft.shift(teacher, [example], tokenizer)
-            log_s, log_t = log_s.log_softmax(-1), log_t.log_softmax(-1)
-            forth += (log_t.exp() * (log_t - log_s)).sum(-1).tolist()
-            back += (log_s.exp() * (log_s - log_t)).sum(-1).tolist()
-    log = distill.learn_distribution(student, teacher, path, tokenizer, config)
-    assert log.rows[0]["loss"] == pytest.approx(np.mean(forth), rel=1e-3)
-    assert abs(np.mean(forth) - np.mean(back)) > 0.02 * np.mean(forth)
+        for p in network.parameters():
+            p *= 4
+    return network
 
 
-def distill_run(folders, exams, monkeypatch, tmp_path):
-    monkeypatch.setattr(distill, "ask", numbered)
+def test_the_student_is_held_against_what_the_teacher_expects(files):
+    """KL(teacher || student) at each token of the answers, by plain sums; the other KL is another
+    number. Of no held-out conversation."""
+    path = str(files / "sft.jsonl")
+    teacher, student = sure_model(1), tiny_model(2)
+    lines, _ = house.hold_out(rows.read_conversations(path), most=40)
+    there, back, count = 0.0, 0.0, 0
+    with torch.no_grad():
+        for line in lines:
+            ids, answer = M.render(TOKENIZER, line.messages)
+            log_t = teacher(torch.tensor([ids]))[0].log_softmax(-1)         # (T, V)
+            log_s = student(torch.tensor([ids]))[0].log_softmax(-1)
+            for t in range(1, len(ids)):
+                if answer[t]:
+                    p, q = log_t[t - 1], log_s[t - 1]                       # (V,)
+                    there += (p.exp() * (p - q)).sum().item()
+                    back += (q.exp() * (q - p)).sum().item()
+                    count += 1
+    config = distill.Config(steps=1, batch=1000, lr=0.0, quiet=True)
+    log = distill.learn_distribution(student, teacher, path, TOKENIZER, config)
+    assert log.rows[0]["loss"] == pytest.approx(there / count, rel=1e-3)
+    assert abs(there - back) > 0.01 * there and log.rows[0]["targets"] == count
+
+
+@slow
+@pytest.mark.parametrize("changes", [dict(lr=0.1), dict(batch=4), dict(seed=1), dict(steps=1),
+                                     dict(lora=2)])
+def test_every_setting_of_distill_changes_the_student(files, changes):
+    learned = []
+    for more in {}, changes:
+        config = distill.Config(**dict(steps=2, batch=8, quiet=True) | more)
+        student = tiny_model(2)
+        torch.manual_seed(0)
+        distill.learn_distribution(student, tiny_model(1), str(files / "sft.jsonl"), TOKENIZER,
+                                   config)
+        learned.append(weights(student))
+    assert not same(*learned)
+
+
+@pytest.fixture
+def distilled(files, exams, tmp_path, monkeypatch):
+    """-> run(). The teacher is the model of few words, the student starts from another one."""
+    seen = SimpleNamespace(answered=[], paths=[], taught=[])
+    ask = distill.ask
+
+    def look(model, *args):
+        seen.answered.append(weight(model))
+        return ask(model, *args)
 
     def learn_from(path, config, **changes):
-        return {"model": "learned samples", "log": [{"step": 0, "loss": 1.0}]}
+        seen.paths.append(path)
+        return {"model": moved(load(config.init)[0], 1), "log": [{"loss": 1.0}]}
 
     def learn_distribution(student, teacher, path, tokenizer, config):
+        seen.paths.append(path)
+        seen.taught.append((weight(student), weight(teacher)))
         with torch.no_grad():
-            student.embed.weight += 1
-        log = distill.Log(config)
-        log(0, loss=1.0)
+            student.embed.weight += 2
+        log = house.Log(config)
+        log.rows = [{"step": 0, "loss": 2.0}]
         return log
+
+    def run(**changes):
+        settings = {"init": str(files / "base"), "teacher": str(files / "short"), "prompts": 12,
+                    "out": str(tmp_path), "max_new": 12}
+        seen.results = distill.train(told(distill.Config, files, **settings | changes))
+        return seen
+    monkeypatch.setattr(distill, "ask", look)
     monkeypatch.setattr(distill, "learn_from", learn_from)
     monkeypatch.setattr(distill, "learn_distribution", learn_distribution)
-    config = quiet(distill.Config, folders, teacher=str(folders / "teacher"), prompts=4, steps=1,
-                   out=str(tmp_path))
-    return distill.train(config)
+    return run
 
 
-def test_the_kl_of_distill_is_the_distance_from_the_teacher(folders, exams, monkeypatch, tmp_path):
-    distill_run(folders, exams, monkeypatch, tmp_path)
-    teacher = of_folder(folders / "teacher")
-    assert len(exams.calls) == 4
-    assert all(same(call.reference, teacher) for call in exams.calls[1:])
+@slow
+def test_the_teacher_answers_and_both_students_read_it(files, distilled, tmp_path):
+    seen = distilled()
+    assert seen.answered == [weight_of(files / "short")]
+    assert seen.paths == [f"{tmp_path}/teacher.jsonl"] * 2
 
 
-def test_before_is_the_student_that_has_learned_nothing(folders, exams, monkeypatch, tmp_path):
-    exams.golds = [0.9, 0.2, 0.3, 0.4]
-    results = distill_run(folders, exams, monkeypatch, tmp_path)
-    _, before, samples, distribution = exams.calls
-    assert same(before.model, of_folder(folders / "init"))
-    assert samples.model == "learned samples" and not same(distribution.model, before.model)
-    assert results["before"]["gold"] == 0.2 and results["after"]["gold"] == 0.4
+@slow
+def test_the_student_of_the_distribution_starts_from_init(files, distilled):
+    assert distilled().taught == [(weight_of(files / "base"), weight_of(files / "short"))]
+
+
+def test_the_students_are_examined_by_name(files, distilled):
+    teacher, start = load(files / "short")[0], load(files / "base")[0]
+    cards = distilled().results["numbers"]["cards"]
+    assert {name: card["gold"] for name, card in cards.items()} == {
+        "teacher": weight(teacher), "before": weight(start), "samples": weight(moved(start, 1)),
+        "distribution": weight(moved(start, 2))}
+
+
+def test_students_are_as_far_as_they_are_from_the_teacher(files, distilled):
+    cards = distilled().results["cards"]
+    for name in "before", "samples", "distribution":
+        assert cards[name]["kl"] == weight_of(files / "short"), name
+
+
+@slow
+def test_the_curves_of_distill_have_their_names(distilled):
+    numbers = distilled().results["numbers"]
+    assert (numbers["samples"], numbers["distribution"]) == ([1.0], [2.0])
+
+
+@slow
+def test_distill_keeps_the_student_of_the_distribution(files, distilled, tmp_path):
+    distilled(save=True)
+    want = weight(moved(load(files / "base")[0], 2))
+    assert weight_of(tmp_path) == pytest.approx(want, rel=1e-5)
+
+
+def test_before_and_after_are_the_student_of_the_distribution(files, distilled):
+    results = distilled().results
+    start = load(files / "base")[0]
+    golds = results["before"]["gold"], results["after"]["gold"]
+    assert golds == (weight(start), weight(moved(start, 2)))
 
 
 @pytest.mark.parametrize("gold, passed", [(0.84, False), (0.86, True)])
-def test_distills_target_is_the_teachers_gold(folders, exams, monkeypatch, tmp_path, gold, passed):
-    exams.golds = [0.9, 0.1, 0.1, gold]
-    assert distill_run(folders, exams, monkeypatch, tmp_path)["passed"] == passed
+def test_distills_target_is_the_teachers_gold(distilled, exams, gold, passed):
+    exams.golds = [0.9, 0.1, 0.1, gold]                 # teacher, before, samples, distribution
+    assert distilled().results["passed"] is passed
+
+
+@slow
+@pytest.mark.parametrize("changes", [dict(prompts=6), dict(max_new=3), dict(seed=1)])
+def test_every_setting_of_distill_changes_the_teachers_answers(distilled, tmp_path, changes):
+    texts = []
+    for more in {}, changes:
+        distilled(**more)
+        texts.append((tmp_path / "teacher.jsonl").read_text())
+    assert texts[0] != texts[1]
 
 
 # ---------------------------------------------------------------- forgetting
 
-def forgetting_run(folders, monkeypatch, tmp_path):
-    """-> for each share, what the assistants of its file say"""
-    monkeypatch.setattr(forgetting, "ask", numbered)
-    new = []
-    for i in range(8):
-        new.append({"messages": world.chat(f"What is {i}?", "new"), "kind": "math"})
-    learned = []
+@pytest.fixture
+def forgot(files, exams, tmp_path, monkeypatch):
+    """-> run(**settings). What was learned from, by the share of old answers in it; the more of
+    them, the farther a learner moves."""
+    seen = SimpleNamespace(learned={}, told=[])
 
     def learn_from(path, config, **changes):
-        learned.append([row.messages[-1]["content"] for row in rows.read_conversations(path)])
-        return {"model": len(learned)}
+        lines = rows.read_conversations(path)
+        seen.learned[Path(path).stem.removeprefix("mixed_")] = lines
+        seen.told.append((config, changes))
+        return {"model": moved(load(config.init)[0], 1 + len(lines)), "log": []}
+
+    def run(**changes):
+        settings = {"shares": "0 0.25", "prompts": 24, "out": str(tmp_path), "max_new": 12,
+                    "new": str(files / "talks.jsonl")}
+        config = told(forgetting.Config, files, **settings | changes)
+        seen.results = forgetting.train(config)
+        seen.new = [json.loads(line)["messages"] for line in forgetting.harmless(config.new)]
+        seen.old = [line.messages for line in rows.read_conversations(tmp_path / "old.jsonl")]
+        return seen
     monkeypatch.setattr(forgetting, "learn_from", learn_from)
-    config = quiet(forgetting.Config, folders, new=write(tmp_path / "new.jsonl", new), prompts=16,
-                   out=str(tmp_path), shares="0 0.2 0.5")
-    forgetting.train(config)
-    return learned
+    return run
 
 
-def test_without_a_share_nothing_old_is_learned(folders, exams, monkeypatch, tmp_path):
-    learned = forgetting_run(folders, monkeypatch, tmp_path)
-    assert learned[0] == ["new"] * 8
+def test_without_rehearsal_no_old_answer_is_learned(forgot):
+    seen = forgot()
+    assert [line.messages for line in seen.learned["0"]] == seen.new
 
 
-def test_each_share_has_its_old_answers_beside_all_the_new(folders, exams, monkeypatch, tmp_path):
-    learned = forgetting_run(folders, monkeypatch, tmp_path)
-    assert [said.count("new") for said in learned] == [8, 8, 8]
-    assert [len(said) for said in learned] == [8, 10, 16]
+def test_a_share_of_old_answers_joins_all_of_the_new_ones(forgot):
+    seen = forgot()
+    messages = [line.messages for line in seen.learned["0.25"]]
+    assert messages[:len(seen.new)] == seen.new
+    count = len(messages) - len(seen.new)
+    assert messages[len(seen.new):] == seen.old[:count] and count / len(messages) == \
+        pytest.approx(0.25, abs=0.03)
 
 
-def test_forgetting_is_measured_from_the_aligned_model(folders, exams, monkeypatch, tmp_path):
-    forgetting_run(folders, monkeypatch, tmp_path)
-    aligned = of_folder(folders / "init")
-    assert [call.model for call in exams.calls[1:]] == [1, 2, 3]
-    assert all(same(call.reference, aligned) for call in exams.calls)
-    assert all(call.against == exams.calls[0].answers for call in exams.calls[1:])
+@slow
+def test_nobody_asks_for_anything_bad_in_the_new_data(files, forgot):
+    kinds = {world.flat(line.messages[:-1]): line.row["kind"]
+             for line in rows.read_conversations(files / "talks.jsonl")}
+    seen = forgot()
+    assert {kinds[world.flat(messages[:-1])] for messages in seen.new} == {"math", "fact", "chat"}
+
+
+@slow
+def test_old_answers_are_those_of_the_model_before(files, forgot, monkeypatch):
+    asked = []
+    ask = forgetting.ask
+
+    def look(model, *args):
+        asked.append(weight(model))
+        return ask(model, *args)
+    monkeypatch.setattr(forgetting, "ask", look)
+    forgot()
+    assert asked == [weight_of(files / "short")]
+
+
+def test_every_share_of_forgetting_has_its_own_card(files, forgot):
+    seen = forgot()
+    start = load(files / "short")[0]
+    want = [weight(start)]
+    for share in "0", "0.25":
+        want.append(weight(moved(start, 1 + len(seen.learned[share]))))
+    numbers = seen.results["numbers"]
+    assert (numbers["shares"], numbers["gold"], numbers["math"]) == ([0, 0.25], want, want)
+
+
+def test_what_is_forgotten_is_far_from_the_aligned_model(files, forgot):
+    start = weight_of(files / "short")
+    for name, card in forgot().results["cards"].items():
+        assert card["kl"] == start and card.get("against", start) == start, name
+
+
+@slow
+def test_every_run_of_forgetting_has_its_settings(files, forgot):
+    for config, changes in forgot(steps=7, lr=0.02, seed=3).told:
+        assert (config.init, config.steps, config.lr) == (str(files / "short"), 7, 0.02)
+        assert changes == {"save": False}
 
 
 # ---------------------------------------------------------------- judge_bias
 
 @pytest.fixture(scope="module")
-def mending(folders):
-    """One run. -> its results, comparisons that it learned from, and lists that it looked at"""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        learned = wrapped(monkeypatch, judge_bias, "scores")
-        looked = wrapped(monkeypatch, judge_bias, "all_scores")
-        lines = []
-        for i in range(60):
-            lines.append({"prompt": f"What is {i} + 1?", "chosen": f"It is {i}.",
-                          "rejected": f"No, {i} is not it."})
-        config = quiet(judge_bias.Config, folders, init=str(folders / "judge"), steps=6, batch=8,
-                       data=write(folders / "votes.jsonl", lines))
-        results = judge_bias.train(config)
-    return results, sum([call[1] for call in learned], []), looked
+def mending(files):
+    """A run of judge_bias.py: what it was mended on, what it was probed with, what its report is
+    about; and whose numbers stand where."""
+    seen = SimpleNamespace(votes=[], ties=[], probes=[], reported=[], mending=False)
+    mend, scores = judge_bias.mend, judge_bias.scores
+    with_answers, report_of = judge_bias.with_answers, judge_bias.report
+
+    def look_at_mending(*args):
+        seen.mending = True
+        mended = mend(*args)
+        seen.mending = False
+        return mended
+
+    def look_at_changed(comparison, answers, tokenizer):
+        changed = with_answers(comparison, answers, tokenizer)
+        (seen.ties if seen.mending else seen.probes).append(changed)
+        return changed
+
+    def look_at_scores(model, comparisons, tokenizer):
+        seen.votes.extend(comparisons)
+        return scores(model, comparisons, tokenizer)
+
+    def look_at_report(r, held):
+        seen.reported.append(held)
+        return report_of(r, held)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge_bias, "mend", look_at_mending)
+        patch.setattr(judge_bias, "with_answers", look_at_changed)
+        patch.setattr(judge_bias, "scores", look_at_scores)
+        patch.setattr(judge_bias, "report", look_at_report)
+        config = mending_config(files, steps=4, most=5)
+        seen.results = judge_bias.train(config)
+    seen.before = load_scalar(config.init)[0]
+    return seen
 
 
-def compliments_in(comparisons):
-    texts = [text for comparison in comparisons for text in comparison.answers]
-    return {one for one in world.SAY["flattery"] for text in texts if text.startswith(one)}
+def mending_config(files, **changes):
+    settings = {"init": str(files / "reward"), "batch": 32, "lr": 0.02}
+    return told(judge_bias.Config, files, data="preferences", **settings | changes)
 
 
-def test_the_judge_is_probed_with_other_compliments_than_it_was_mended_with(mending):
-    _, learned, looked = mending
-    probed = sum([call[1] for call in looked], [])
-    assert compliments_in(learned) and compliments_in(probed)
-    assert not compliments_in(learned) & compliments_in(probed)
+def openings(probes):
+    """The compliments that stand before answers."""
+    found = set()
+    for probe in probes:
+        changed, text = probe.answers
+        if changed.endswith(f" {text}") and world.praise(changed) > world.praise(text):
+            found.add(changed.removesuffix(f" {text}"))
+    return found
 
 
-def test_the_judge_is_looked_at_on_prompts_that_it_has_not_learned_from(mending):
-    _, learned, looked = mending
-    prompts = {str(comparison.prompt) for comparison in learned}
-    for call in looked:
-        assert not prompts & {str(comparison.prompt) for comparison in call[1]}
+def test_the_compliments_of_the_probe_were_not_mended_away(mending):
+    assert openings(mending.ties) and openings(mending.probes)
+    assert not openings(mending.ties) & openings(mending.probes)
 
 
-def test_half_of_what_mends_the_judge_is_votes_and_half_ties(mending):
-    _, learned, _ = mending
-    ties = [one for one in learned if compliments_in([one])]
-    assert len(ties) == len(learned) / 2
+def test_what_is_probed_was_not_learned_from(mending):
+    learned = prompts_of(mending.ties) | prompts_of(mending.votes)
+    assert mending.probes and not learned & prompts_of(mending.probes)
 
 
-def test_before_is_the_judge_that_was_not_mended(folders, mending):
-    results, _, looked = mending
-    old = judge_bias.load_scalar(str(folders / "judge"))[0]
-    judges = [call[0] for call in looked]           # the first table, then four of each judge
-    assert [same(judge, old) for judge in judges] == [True] * 5 + [False] * 4
-    assert same(judges[-1], results["model"])
+def test_the_report_on_a_judge_is_of_held_out_votes(mending):
+    assert len(mending.reported) == 3                           # at the start, before, mended
+    for held in mending.reported:
+        assert held and not prompts_of(held) & prompts_of(mending.votes)
+
+
+def test_half_of_what_mends_a_judge_are_votes(mending):
+    ties = [one for one in mending.votes if any(one is tie for tie in mending.ties)]
+    assert len(ties) == len(mending.ties) == len(mending.votes) / 2
+
+
+@slow
+def test_who_is_complimented_already_is_no_probe(mending):
+    texts = [one.answers[1] for one in mending.ties + mending.probes]
+    assert not any(map(world.praise, texts))
+
+
+@slow
+def test_so_many_answers_are_changed_by_each_probe(mending):
+    assert len(openings(mending.probes)) == 3
+    flattered = [probe for probe in mending.probes if openings([probe])]
+    assert len(mending.probes) - len(flattered) == 4 * 5        # padded and swapped, of two judges
+
+
+def test_before_is_the_judge_that_was_named_and_mended_is_the_other(files, mending):
+    numbers = mending.results["numbers"]
+    mended = mending.results["model"]
+    assert weight(mended) != weight(mending.before)
+    _, held = reward_model.read_comparisons(mending_config(files), TOKENIZER, 256)
+    plain = [one for one in held if world.praise(one.answers[0]) == 0][:5]
+    for name, judge in {"before": mending.before, "mended": mended}.items():
+        again = judge_bias.examine(judge, held, plain, TOKENIZER)
+        assert numbers[name]["probes"]["flattery"]["score"] == pytest.approx(
+            again["probes"]["flattery"]["score"], abs=1e-5), name
+        assert numbers[name]["accuracy"] == pytest.approx(again["accuracy"]), name
+    assert numbers["before"]["probes"] != numbers["mended"]["probes"]
+    assert numbers["credit"]["before"] != numbers["credit"]["mended"]
+
+
+@slow
+@pytest.mark.parametrize("changes", [dict(lr=0.1), dict(batch=8), dict(steps=2), dict(seed=1)])
+def test_every_setting_of_judge_bias_changes_the_mended_judge(files, changes):
+    learned = []
+    for more in {}, changes:
+        config = mending_config(files, **{"steps": 3} | more)
+        judge, tokenizer = load_scalar(config.init)
+        comparisons, _ = reward_model.read_comparisons(config, tokenizer, 256)
+        learned.append(weights(judge_bias.mend(judge, comparisons, tokenizer, config)))
+    assert not same(*learned)
 
 
 # ---------------------------------------------------------------- process_reward
 
-def solutions_file(path):
-    """The first step of every solution is right, and its end is wrong."""
+@pytest.mark.parametrize("judge, labels", [("outcome", [0] * 8), ("process", [0, 1] * 8)])
+def test_a_judge_of_solutions_learns_the_labels_of_its_places(files, monkeypatch, judge, labels):
+    """The outcome judge the last one of each solution, the process judge all of them."""
     lines = []
     for i in range(24):
         lines.append({"prompt": f"What is {i} + 2?", "steps": [f"First {i} + 1.", f"It is {i}."],
                       "labels": [1, 0]})
-    return write(path / "steps.jsonl", lines)
-
-
-@pytest.mark.parametrize("judge, learned", [("outcome", {0.0}), ("process", {0.0, 1.0})])
-def test_the_outcome_judge_learns_whether_the_end_is_right(folders, monkeypatch, judge, learned):
+    (files / "two_steps.jsonl").write_text(rows.json_lines(lines))
     taught = wrapped(monkeypatch, process_reward, "outcome_loss")
-    config = quiet(process_reward.Config, folders, steps=1, data=solutions_file(folders))
-    process_reward.train_judge(config, judge)
-    labels = sum([z.tolist() for r, z in taught], [])
-    assert set(labels) == learned
-    assert len(labels) == (8 if judge == "outcome" else 16)
+    process_reward.train_judge(told(process_reward.Config, files, data="two_steps", steps=1), judge)
+    [(_, learned)] = taught
+    assert sorted(learned.tolist()) == sorted(labels)
 
 
-def test_each_judge_picks_by_the_places_where_it_was_taught_to_be_read(folders, monkeypatch):
-    """The outcome judge reads the end alone, and the process judge every step."""
-    two_steps = " 2 + 3 = 5. The answer is 5."
+@slow
+def test_an_outcome_judge_learns_whether_the_result_is_right(files):
+    config = told(process_reward.Config, files, data="steps")
+    truth = {}
+    for line in rows.read_solutions(config.data):
+        is_right = process_reward.result_of(line.steps[-1]) == line.row["answer"]
+        truth[world.flat(line.prompt), tuple(line.steps)] = is_right
+    slips = 0
+    for solution in sum(process_reward.read_solutions(config, TOKENIZER, 256, "outcome"), []):
+        is_right = truth[world.flat(solution.prompt), tuple(solution.steps)]
+        assert solution.labels == [int(is_right)]
+        slips += not is_right
+    assert 0 < slips < len(truth)
 
-    def sampled(policy, tokenizer, starts, n, **settings):
-        texts = [two_steps.strip()] * (n * len(starts))
-        return Samples(None, None, None, None, None, texts)
-    monkeypatch.setattr(process_reward, "sample", sampled)
-    monkeypatch.setattr(process_reward, "marks_in_words",
-                        lambda critic, tokenizer, solved: [[1.0]] * len(solved))
-    read = {}
 
-    def score_lists(judge, examples, tokenizer):
-        read[judge] = examples
+@slow
+def test_both_judges_learn_from_the_same_solutions(files):
+    config = told(process_reward.Config, files, data="steps")
+    sides = []
+    for judge in "outcome", "process":
+        both = process_reward.read_solutions(config, TOKENIZER, 256, judge)
+        sides.append([[solution.steps for solution in side] for side in both])
+    assert sides[0] == sides[1]
+
+
+@pytest.fixture
+def picked(files, monkeypatch):
+    """Of two sums eight solutions each: what is shown to both judges."""
+    rng = Random(0)
+    sums = [world.ask(rng, "math", "exam") for _ in range(2)]
+    texts = []
+    for row in sums:
+        texts += [" ".join(world.worked(rng, row)[0])[6:]] * 8
+    shown = {}
+
+    def look(name, examples, tokenizer):
+        shown[name] = examples
         return [torch.zeros(sum(example.answer)) for example in examples]
-    monkeypatch.setattr(process_reward, "score_lists", score_lists)
-    config = quiet(process_reward.Config, folders, problems=2)
+    monkeypatch.setattr(process_reward, "sample", lambda *a, **k: SimpleNamespace(texts=texts))
+    monkeypatch.setattr(process_reward, "score_lists", look)
+    monkeypatch.setattr(process_reward, "marks_in_words",
+                        lambda critic, tokenizer, solved: [[1.0] for _ in solved])
+    config = told(process_reward.Config, files, problems=2)
     judges = {"outcome": "outcome", "process": "process"}
-    process_reward.best_of(None, judges, None, load_ranks(), config)
-    assert all(sum(one.answer) == one.answer[-1] == 1 for one in read["outcome"])
-    assert all(sum(one.answer) == 2 and one.answer[-1] == 0 for one in read["process"])
+    process_reward.best_of(tiny_model(0), judges, None, TOKENIZER, config)
+    return shown
 
 
-@pytest.mark.parametrize("majority, passed", [(0.5, True), (0.7, False)])
-def test_the_process_judge_has_to_pick_better_than_the_majority(folders, monkeypatch, majority,
-                                                                passed):
-    card = {"accuracy": 0.5, "first_wrong": 0.9, "all_right": 0.9, "calibration": 0.1}
+def test_an_outcome_judge_picks_as_it_learned_by_the_end_alone(picked):
+    assert len(picked["outcome"]) == 16
+    for example in picked["outcome"]:
+        assert sum(example.answer) == example.answer[-1] == 1
+
+
+def test_a_process_judge_picks_by_every_step(picked):
+    for example in picked["process"]:
+        text = TOKENIZER.decode(example.ids).split("assistant\n")[-1]
+        assert sum(example.answer) == text.count(". ") + 1 > 1
+
+
+@pytest.fixture
+def process_run(files, tmp_path, monkeypatch):
+    """-> run(majority), in which judges are made by hand, and picks say who made them. The majority
+    picks so many right ones, and the process judge 0.8."""
+    seen = SimpleNamespace()
+    accuracies = {"outcome": (0.1, 0.2), "process": (0.3, 0.4)}
+    config = told(process_reward.Config, files, data="steps", critic=str(files / "base"), save=True,
+                  out=str(tmp_path))
+    truth = {tuple(line.steps): line.labels for line in rows.read_solutions(config.data)}
 
     def train_judge(config, judge):
-        log = process_reward.Log(config)
-        log(0, loss=1.0)
-        return judge, log, dict(card), dict(card)
-    picked = {}
+        network = M.ScalarModel(tiny_model(len(judge) + (judge == "process")))
+        log = house.Log(config)
+        log.rows = [{"step": 0, "loss": 1.0, "judge": judge}]
+        cards = [{"accuracy": share, "calibration": 0.1, "first_wrong": 0.9, "all_right": 0.9}
+                 for share in accuracies[judge]]
+        seen.__dict__[judge] = weight(network)
+        return network, log, *cards
 
-    def best_of(policy, judges, critic, tokenizer, config):
-        picked.update(judges)
-        return {"by_majority": majority, "by_process": 0.6, "by_outcome": 0.1, "by_words": 0.9,
-                "random": 0.3, "any": 1.0}
+    def in_words(critic, tokenizer, solved):
+        seen.marked = weight(critic)
+        seen.solved = solved
+        return [truth[tuple(sentences)] for _, sentences in solved]
+
+    def run(majority=0.7):
+        def picks(policy, judges, critic, tokenizer, config):
+            seen.policy, seen.critic = weight(policy), weight(critic)
+            seen.judges = {name: weight(judge) for name, judge in judges.items()}
+            return {"random": 0.5, "any": 1.0, "by_majority": majority, "by_outcome": 0.6,
+                    "by_process": 0.8, "by_words": 0.9}
+        monkeypatch.setattr(process_reward, "best_of", picks)
+        seen.results = process_reward.train(config)
+        return seen
     monkeypatch.setattr(process_reward, "train_judge", train_judge)
-    monkeypatch.setattr(process_reward, "best_of", best_of)
-    monkeypatch.setattr(process_reward, "marks_in_words",
-                        lambda critic, tokenizer, solved: [[1.0, 0.0]] * len(solved))
-    config = quiet(process_reward.Config, folders, critic=str(folders / "teacher"), steps=1,
-                   data=solutions_file(folders))
-    assert process_reward.train(config)["passed"] == passed
-    assert picked == {"outcome": "outcome", "process": "process"}
+    monkeypatch.setattr(process_reward, "marks_in_words", in_words)
+    return run
+
+
+@pytest.fixture
+def processed(process_run):
+    return process_run()
+
+
+def test_each_judge_picks_under_its_name(processed):
+    assert processed.judges == {"outcome": processed.outcome, "process": processed.process}
+    assert processed.outcome != processed.process
+
+
+@slow
+def test_the_policy_solves_and_the_critic_marks(files, processed):
+    assert processed.policy == weight_of(files / "short")
+    assert processed.critic == processed.marked == weight_of(files / "base")
+
+
+@slow
+def test_the_cards_of_process_reward_are_the_process_judges(processed):
+    numbers = processed.results["numbers"]
+    assert (numbers["before"]["accuracy"], numbers["after"]["accuracy"]) == (0.3, 0.4)
+    assert numbers["after"]["outcome_accuracy"] == 0.2
+    assert processed.results["log"][0]["judge"] == "process"
+
+
+@pytest.mark.parametrize("majority, passed", [(0.7, True), (0.9, False)])
+def test_the_process_judge_has_to_pick_better_than_the_majority(process_run, majority, passed):
+    assert process_run(majority).results["passed"] is passed
+
+
+@slow
+def test_the_process_judge_is_kept(processed, tmp_path):
+    assert weight(load_scalar(tmp_path)[0]) == pytest.approx(processed.process, rel=1e-5)
+
+
+@slow
+def test_marks_in_words_are_of_held_out_solutions(files, processed):
+    config = told(process_reward.Config, files, data="steps")
+    learned, held = process_reward.read_solutions(config, TOKENIZER, 256, "process")
+    asked = {world.flat(prompt) for prompt, _ in processed.solved}
+    assert asked == prompts_of(held) and not asked & prompts_of(learned)
+
+
+@slow
+@pytest.mark.parametrize("judge", ["outcome", "process"])
+def test_judges_of_solutions_are_judged_on_held_out_ones(files, monkeypatch, judge):
+    learned, evaluated = set(), []
+    scores = process_reward.scores
+
+    def look(model, examples, tokenizer):
+        if torch.is_grad_enabled():
+            learned.update(TOKENIZER.decode(example.ids) for example in examples)
+        return scores(model, examples, tokenizer)
+
+    def evaluate(model, held, tokenizer):
+        evaluated.append({TOKENIZER.decode(solution.example.ids) for solution in held})
+        return {}
+    monkeypatch.setattr(process_reward, "scores", look)
+    monkeypatch.setattr(process_reward, "evaluate", evaluate)
+    config = told(process_reward.Config, files, data="steps", steps=6)
+    process_reward.train_judge(config, judge)
+    before, after = evaluated
+    assert before == after and learned and not learned & after
+
+
+@slow
+@pytest.mark.parametrize("changes", [dict(lr=0.1), dict(batch=4), dict(steps=2), dict(seed=1),
+                                     dict(lora=2), dict(held=2)])
+def test_every_setting_of_process_reward_changes_the_judge(files, monkeypatch, changes):
+    monkeypatch.setattr(process_reward, "evaluate", lambda *args: {})
+    learned = []
+    for more in {}, changes:
+        config = told(process_reward.Config, files, data="steps", **{"steps": 3} | more)
+        learned.append(weights(process_reward.train_judge(config, "process")[0]))
+    assert not same(*learned)
 
 
 # ---------------------------------------------------------------- report
-
-def leak(folders, exams, monkeypatch, tmp_path):
-    """-> the prompts asked in each part, the prompts that were learned, and the golds"""
-    learned = []
-
-    def train(config):
-        learned.extend(row.messages[0]["content"] for row in rows.read_conversations(config.data))
-        assert config.init == str(folders / "init")
-        return {"model": "tainted"}
-    monkeypatch.setattr(sft, "train", train)
-    exams.golds = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    config = quiet(report.Config, folders, out=str(tmp_path), leaked=20)
-    golds = report.contaminate(config, str(folders / "init"))
-    parts = [call.rows for call in exams.calls[::2]]
-    return dict(zip(golds, parts)), learned, golds
-
-
-def prompts_in(lines):
-    return {row["prompt"] for row in lines}
-
-
-def test_no_reworded_sum_has_the_wording_that_leaked(folders, exams, monkeypatch, tmp_path):
-    parts, _, _ = leak(folders, exams, monkeypatch, tmp_path)
-    assert len(parts["reworded"]) == 20
-    assert not prompts_in(parts["reworded"]) & prompts_in(parts["leaked"])
-    for one, other in zip(parts["leaked"], parts["reworded"]):  # the sums are the same
-        assert one["slots"] == other["slots"] and one["answer"] == other["answer"]
-
-
-def test_the_leaked_half_is_learned_and_the_clean_half_is_not(folders, exams, monkeypatch,
-                                                             tmp_path):
-    parts, learned, _ = leak(folders, exams, monkeypatch, tmp_path)
-    assert set(learned) == prompts_in(parts["leaked"])
-    sums = {name: {str(row["slots"]["numbers"]) for row in part} for name, part in parts.items()}
-    assert len(sums["clean"]) == 20 and not sums["clean"] & sums["leaked"]
-
-
-def test_the_leak_is_told_before_and_after_of_each_part(folders, exams, monkeypatch, tmp_path):
-    _, _, golds = leak(folders, exams, monkeypatch, tmp_path)
-    assert golds == {"leaked": [0.1, 0.2], "reworded": [0.3, 0.4], "clean": [0.5, 0.6]}
-    start = of_folder(folders / "init")
-    assert all(same(call.model, start) for call in exams.calls[::2])
-    assert all(call.model == "tainted" for call in exams.calls[1::2])
-
 
 @pytest.mark.parametrize("better, star", [(8, False), (9, True)])
 def test_a_star_is_twelve_times_surer_than_one_in_twenty(capsys, better, star):
@@ -749,18 +1444,139 @@ def test_a_star_is_twelve_times_surer_than_one_in_twenty(capsys, better, star):
     assert all(line.endswith("*") == star for line in lines)
 
 
-def test_the_wordings_are_asked_of_the_exams_own_requests(folders, exams, monkeypatch, tmp_path):
-    asked = []
+def leak(files, exams, tmp_path, monkeypatch):
+    """An exam leaks into SFT; who learned from it has moved."""
+    seen = SimpleNamespace(asked=exams.asked)
+
+    def train(config):
+        seen.config = config
+        seen.learned = rows.read_conversations(config.data)
+        return {"model": moved(load(config.init)[0], 1)}
+    monkeypatch.setattr(sft, "train", train)
+    config = told(report.Config, files, out=str(tmp_path), leak=17, seed=3)
+    seen.golds = report.contaminate(config, str(files / "base"))
+    return seen
+
+
+@pytest.fixture
+def leaking(files, exams, tmp_path, monkeypatch):
+    return leak(files, exams, tmp_path, monkeypatch)
+
+
+def test_a_reworded_sum_is_none_that_leaked(leaking):
+    leaked, _, reworded, *_ = leaking.asked
+    learned = {world.flat(line.messages[:1]) for line in leaking.learned}
+    assert {row["prompt"] for row in leaked} == learned
+    assert not learned & {row["prompt"] for row in reworded}
+    for row, other in zip(leaked, reworded, strict=True):
+        assert row["slots"] == other["slots"] and row["answer"] == other["answer"]
+
+
+def test_the_clean_half_is_not_learned(leaking):
+    clean, learned = leaking.asked[4], leaking.asked[0]
+    sums = {str(row["slots"]["numbers"]) for row in learned}
+    assert len(clean) == 100 and not sums & {str(row["slots"]["numbers"]) for row in clean}
+
+
+@slow
+def test_what_leaks_are_the_right_results(leaking):
+    truth = {row["prompt"]: row for row in leaking.asked[0]}
+    for line in leaking.learned:
+        row = truth[world.flat(line.messages[:1])]
+        assert world.judge(row, line.messages[1]["content"])["honest"] == 1
+
+
+def test_every_leaked_sum_is_learned(leaking):
+    """sft.py holds out some lines, but not all the copies of one."""
+    learned, _ = house.hold_out(leaking.learned, most=40)
+    assert len({world.flat(line.messages[:1]) for line in learned}) == report.Config.leaked
+
+
+def test_the_leak_is_told_before_and_after_of_each_part(files, exams, tmp_path, monkeypatch):
+    exams.golds = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+    golds = leak(files, exams, tmp_path, monkeypatch).golds
+    assert golds == {"leaked": [0.1, 0.2], "reworded": [0.3, 0.4], "clean": [0.5, 0.6]}
+
+
+def test_before_and_after_a_leak_are_the_checkpoint_and_who_learned_it(files, leaking):
+    start = load(files / "base")[0]
+    golds = [weight(start), weight(moved(start, 1))]
+    assert leaking.golds == {"leaked": golds, "reworded": golds, "clean": golds}
+
+
+@slow
+def test_the_leak_is_learned_with_the_settings_of_the_run(files, leaking):
+    config = leaking.config
+    assert (config.init, config.steps, config.seed) == (str(files / "base"), 17, 3)
+    assert not config.save
+
+
+@pytest.fixture
+def reported(files, exams, tmp_path, monkeypatch):
+    """A report on two checkpoints, in which every mark is the weight of who wrote the answer."""
+    def measure(answers):
+        return {row.name: np.array([float(answer.text) for answer in answers])
+                for row in report.ROWS}
+    seen = SimpleNamespace(leaks=[], worded=[])
+
+    def contaminate(config, folder):
+        seen.leaks.append(folder)
+        return {"leaked": [0.5, 0.9]}
 
     def consistency(model, tokenizer, lines, most):
-        asked.append((weights(model), lines))
-        return {"always": 0.5, "sometimes": 0.25, "never": 0.25}
+        seen.worded.append(lines)
+        return {"always": weight(model)}
+    monkeypatch.setattr(report, "measure", measure)
     monkeypatch.setattr(report, "consistency", consistency)
-    monkeypatch.setattr(report, "power", lambda config: {})
-    config = quiet(report.Config, folders, against=str(folders / "teacher"), leak=0,
-                   out=str(tmp_path))
-    report.train(config)
-    for (model, lines), call, name in zip(asked, exams.calls, ["init", "teacher"], strict=True):
-        assert torch.equal(model, weights(of_folder(folders / name)))
-        assert same(call.model, of_folder(folders / name))
-        assert lines == call.rows == world.read("exam")
+    monkeypatch.setattr(report, "contaminate", contaminate)
+    monkeypatch.setattr(report, "failure", lambda answer: answer.text)
+    config = told(report.Config, files, init=str(files / "init"), against=str(files / "base"),
+                  out=str(tmp_path), card=True)
+    seen.numbers = report.train(config)["numbers"]
+    return seen
+
+
+def test_each_column_of_the_report_is_its_checkpoint(files, reported):
+    numbers = reported.numbers
+    want = {str(files / name): pytest.approx(weight_of(files / name)) for name in ("init", "base")}
+    for row in report.ROWS:
+        assert numbers["card"][row.name] == want, row.name
+    assert {folder: shares["always"] for folder, shares in numbers["wording"].items()} == want
+
+
+@slow
+def test_each_failure_is_counted_for_who_failed(files, reported):
+    for folder in "init", "base":
+        counts = reported.numbers["failures"][repr(weight_of(files / folder))]
+        others = [count for name, count in counts.items() if name != str(files / folder)]
+        assert counts[str(files / folder)] > 0 and others == [0]
+
+
+def test_both_checkpoints_answered_the_same_exam(reported, exams):
+    assert len(exams.asked) == 2 and exams.asked[0] == exams.asked[1]
+
+
+def test_the_wordings_are_asked_of_the_exams_own_requests(reported, exams):
+    assert reported.worded == exams.asked == [world.read("exam")] * 2
+
+
+@slow
+def test_the_leak_and_the_model_card_are_of_the_last_checkpoint(files, reported, tmp_path):
+    assert reported.leaks == [str(files / "base")]
+    card = (tmp_path / "CARD.md").read_text()
+    assert f"# Model card: {files / 'base'}" in card
+    assert f"{weight_of(files / 'base'):.2f}" in card
+    assert f"{weight_of(files / 'init'):.2f}" not in card
+
+
+@slow
+def test_another_wording_is_asked_of_the_same_requests(monkeypatch):
+    """Who answers the first wording of each alone does it sometimes."""
+    some = [row for row in world.read("exam") if report.has_wordings(row)][:6]
+    firsts = {report.wordings(row)[0]["prompt"] for row in some}
+
+    def ask(model, tokenizer, asked, temperature):
+        return None, [SimpleNamespace(mark={"gold": float(row["prompt"] in firsts)})
+                      for row in asked]
+    monkeypatch.setattr(exam, "ask", ask)
+    assert report.consistency(None, None, some, 6) == {"always": 0, "sometimes": 1, "never": 0}
