@@ -1,19 +1,21 @@
 """Group relative policy optimisation (GRPO): learning to reason from answers that can be checked.
 
-No data here show how a sum is done; the web did. The model answers each prompt G times, a verifier
-checks that, and what did better than its group becomes likelier. Answers that show their work are
-right more often, so soon the model shows its work. For a prompt, its answers o_1 .. o_G, rewards
-r_1 .. r_G and the policy pi_old that wrote them (Shao et al. 2024, 2402.03300, equation 3):
+No data here show how a sum is done; the base has read that on the web. The model answers each
+prompt G times, a verifier checks that, and what did better than its group becomes likelier. Answers
+that show their work are right more often, so soon the model shows its work. For a prompt, its
+answers o_1 .. o_G, rewards r_1 .. r_G and the policy pi_old that wrote them (Shao et al. 2024,
+2402.03300, equation 3):
 
     A_i    = (r_i - mean(r)) / std(r)
     rho_it = pi(o_it | o_i,<t) / pi_old(o_it | o_i,<t)
     L      = - 1/G sum_i 1/|o_i| sum_t min(rho_it A_i, clip(rho_it, 1 - eps, 1 + eps) A_i)
 
-For a batch of P prompts 1/G becomes 1/B, B = P G; with --beta, + beta KL(pi || ref) is added. By
-hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49 (over G, not G - 1), so the advantages
-are +0.82 -1.22 +0.82 -1.22 +0.82. While pi is pi_old, rho is 1 and L = - mean(A) = 0. Its
-gradient is not 0: watch the reward, not the loss. Once a token of the first answer is at rho 1.5,
-it counts for min(1.5 x 0.82, 1.2 x 0.82) = 0.98, a constant, whose gradient is 0.
+For a batch of P prompts 1/G becomes 1/B, B = P G. With --beta, beta k3_it is taken off each min;
+its mean is KL(pi || ref). By hand: rewards 1 0 1 0 1 have mean 0.6 and deviation 0.49 (over G, not
+G - 1), so the advantages are +0.82 -1.22 +0.82 -1.22 +0.82. While pi is pi_old, rho is 1 and L =
+- mean(A) = 0. Its gradient is not 0: watch the reward, not the loss. Once a token of the first
+answer is at rho 1.5, it counts for min(1.5 x 0.82, 1.2 x 0.82) = 0.98, a constant, whose gradient
+is 0.
 
     python grpo.py                   out/sft -> out/grpo on sums. The last line:
                                      PASS math_greedy 0.02 -> 0.98 (target 0.95)
@@ -78,7 +80,7 @@ def group_advantages(rewards, by_std=True):
     """(P, G) -> (P, G). How much better is each answer than its group?"""
     advantages = rewards - rewards.mean(1, keepdim=True)
     if by_std:
-        advantages = advantages / rewards.std(1, keepdim=True, correction=0)
+        advantages = advantages / rewards.std(1, keepdim=True, correction=0)    # 0 / 0 for equals
     return advantages.masked_fill(~contrast(rewards)[:, None], 0.0)
 
 
@@ -108,7 +110,8 @@ def grpo_loss(logps, old_logps, advantages, answer, weights, method, ref_logps=N
     J = method.clip(rho, A, logps, method.low, method.high)     # (B, T) what each token is worth
     if beta > 0:
         log_ref = ref_logps - logps                             # (B, T) log pi_ref / pi
-        # k3 is never negative, and over what pi writes its mean is KL(pi || pi_ref)
+        # k3 is never negative, and over what pi writes its mean is KL(pi || pi_ref); its gradient
+        # is that of KL(pi_ref || pi), see ppo.kl_estimates
         J = J - beta * (log_ref.exp() - log_ref - 1)
     return -(weights * J).sum(1)
 
@@ -184,7 +187,8 @@ FAMILY = {
     "dapo": Method(token_ratio, clipped, per_token, by_std=True, low=0.2, high=0.28),
     # GSPO (2507.18071), eq. 5: a mean moves less than a token does, so the clip is tiny.
     "gspo": Method(answer_ratio, clipped, per_answer, by_std=True, low=3e-4, high=4e-4),
-    # CISPO (2506.13585): no clip from below. The paper has no number for the one above.
+    # CISPO (2506.13585): no clip from below. The paper has no number for the one above: rho counts
+    # for 5 at most here.
     "cispo": Method(token_ratio, clipped_weight, per_token, by_std=True, low=math.inf, high=4.0),
 }
 
@@ -211,7 +215,8 @@ def conclusion(text):
 
 def strict(truth, text, ended):
     """SEAM: your own reward goes here, or to train(config, reward); any number. It sees what is
-    right, what the model wrote, which is never run, and whether that came to an end.
+    right, what the model wrote, which is never run, and whether that came to an end. Numbers are
+    compared as texts, so 5.0 is not 5.
 
         First 5 x 10 = 50. Then 5 x 6 = 30. Then 50 + 30 = 80. The answer is 80.     1.0
         So it is 70.                                                                 0.1
@@ -403,7 +408,7 @@ def train(config, reward=None):
             optimizer.step()
             optimizer.zero_grad()
         # 5 log, of sampled answers to training prompts. ratio is 1 in the first epoch, when pi is
-        # pi_old. contrast: how many groups teach anything
+        # pi_old. worked: how many show a step; contrast: how many groups teach anything
         length = samples.answer.sum(1).float().mean()
         log(step, reward=rewards.mean(), right=share_right(batch, samples),
             worked=share_worked(samples), length=length, contrast=contrast(rewards).float().mean(),

@@ -9,9 +9,9 @@ token. The last vectors are turned into a score for every token of the vocabular
     logits = W_vocab RMSNorm(x)
 
 Before their product q and k are turned, each by an angle that grows with its position; so attention
-sees how far apart two tokens are. One class runs the toy of 0.9M parameters in data/base and the real models that people align today.
-Left out: dropout (an answer must be as likely in training as it was when sampled), and every other
-architecture.
+sees how far apart two tokens are. One class runs the toy of 0.9M parameters in data/base and the
+real models that people align today. Left out: dropout (an answer must be as likely in training as
+it was when sampled), and every other architecture.
 
     python model.py out/sft out/dpo          talk to trained models, side by side
 """
