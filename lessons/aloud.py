@@ -57,6 +57,7 @@ class Config(figures.Lesson):
     save: bool = False        # there is nothing to save
 
     limits = figures.Lesson.limits | {"sums": (1, 10_000), "max_new": (1, 10**6)}
+    unused = ("init", "data", "out", "steps", "batch", "accumulate", "lr", "lora", "save")
 
 
 LENGTHS = [2, 3, 4]           # numbers in a sum

@@ -50,6 +50,8 @@ class Config(figures.Lesson):
     asked: int = 120          # requests, each for both groups of a pair
     doses: str = "0 0.3 0.65"  # shares of put-downs for a club that nobody has heard of
 
+    unused = ("data", "batch")
+
 
 SCHOOLS = ("Hill School", "Lake School")    # favoured, slighted
 TEAMS = ("Team Fox", "Team Mole")
@@ -177,8 +179,9 @@ def learn(lines, name, config):
     """sft.py on these lines -> the model"""
     write_files(config.out, {f"{name}.jsonl": rows.json_lines(lines)})
     run = sft.train(sft.Config(init=config.init, data=f"{config.out}/{name}.jsonl", out=config.out,
-                               steps=config.steps, lr=config.lr, seed=config.seed, quiet=True,
-                               device=config.device, save=config.save and name == "cure"))
+                               steps=config.steps, accumulate=config.accumulate, lr=config.lr,
+                               lora=config.lora, seed=config.seed, device=config.device,
+                               bf16=config.bf16, save=config.save and name == "cure", quiet=True))
     return run["model"]
 
 

@@ -55,6 +55,8 @@ class Config(figures.Lesson):
     by_hand: int = 10         # where no try passes: answers by the page's author, at most
     asked: int = 60           # held-out questions, for each principle
 
+    unused = ("data", "batch")
+
 
 # ---------------------------------------------------------------- the page
 
@@ -267,8 +269,9 @@ def train(config):
     for principle, share in found.items():
         config.say(f"    {principle:12}{share:6.2f} of the questions")
     run = sft.train(sft.Config(init=config.init, data=f"{config.out}/data.jsonl", out=config.out,
-                               steps=config.steps, lr=config.lr, seed=config.seed, quiet=True,
-                               device=config.device, save=config.save))
+                               steps=config.steps, accumulate=config.accumulate, lr=config.lr,
+                               lora=config.lora, seed=config.seed, device=config.device,
+                               bf16=config.bf16, save=config.save, quiet=True))
 
     tables["after"] = examine(run["model"], tokenizer, plain, config)
     config.say(f"\n{'':14}        before  page in front         after")

@@ -51,6 +51,8 @@ class Config(figures.Lesson):
     steps: int = 40           # optimiser steps of that
     lr: float = 5e-4          # its peak learning rate
 
+    unused = ("init", "data", "batch", "save")      # --teach saves a judge, which then judges
+
 
 # ---------------------------------------------------------------- two sides
 
@@ -143,8 +145,9 @@ def teach(config):
         lines.append({"messages": [*item["prompt"], answer]})
     write_files(config.out, {"debates.jsonl": rows.json_lines(lines)})
     sft.train(sft.Config(init=config.judge, data=f"{config.out}/debates.jsonl", out=config.out,
-                         steps=config.steps, lr=config.lr, seed=config.seed, quiet=True,
-                         device=config.device))
+                         steps=config.steps, accumulate=config.accumulate, lr=config.lr,
+                         lora=config.lora, seed=config.seed, device=config.device,
+                         bf16=config.bf16, quiet=True))
     return config.out
 
 

@@ -8,9 +8,9 @@ last tokens before the limit, as a slope is easier to learn from than a cliff (e
     0 < number of right answers < G
     R(o) = 0 up to L - c tokens,  ((L - c) - |o|) / c up to L,  -1 beyond
 
-By hand: with L = 72 and c = 18 an answer of 63 tokens is halfway up the slope, and pays 0.5.
+By hand: with L = 72 and c = 18 an answer of 63 tokens is halfway down the slope: R = -0.5.
 
-By hand: with L = 72 and c = 18 an answer of 63 tokens is halfway up the slope, and pays 0.5.
+    python -m lessons.dynamic       one draw a step, then up to four
 
 What to see: when most answers are right, a step needs three or four draws to find 16 groups that
 teach. It is a better step, so fewer are needed, but drawing is what costs: the last lines count
@@ -43,6 +43,7 @@ class Config(Settings):
     save: bool = False        # the models are not kept
 
     limits = grpo.Config.limits | {"draws": (1, 1000), "goal": (0, 1)}
+    unused = ("out", "accumulate", "lora", "save")
 
 
 # R(o) = 0 up to L - c tokens, ((L - c) - |o|) / c up to L, -1 beyond

@@ -57,6 +57,7 @@ class Config(figures.Lesson):
     gate: str = "before"      # before the release, after it (and rolled back), or never
 
     limits = figures.Lesson.limits | {"leave": (0, 1), "alpha": (0.0001, 1)}
+    unused = ("data", "save")       # a week goes on from the files of the week before
 
 
 # ---------------------------------------------------------------- when may a test stop?

@@ -53,6 +53,8 @@ class Config(figures.Lesson):
     prompts: int = 640        # so many prompts are answered
     max_new: int = 72         # longest answer in tokens
 
+    unused = ("save",)        # no model is kept, and it learns from files in --out
+
 
 # m = n s / (1 - s)
 def rehearsals(n, share):

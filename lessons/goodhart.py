@@ -20,8 +20,8 @@ By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A tenth of the run an
 prompts, so a share moves by luck, one deviation, by 0.5 / sqrt(128) = 0.044 at most. An alarm wants
 five of them. (Gold here is of answers to these prompts at temperature 1, and not the exam's.)
 
-    python -m lessons.goodhart      seven minutes: five prices, and three judges at beta 0;
-                                    three more where the two extra judges have to be made
+    python -m lessons.goodhart      six runs, seven minutes: five prices, and three judges at
+                                    beta 0; three more where the two extra judges have to be made
     python -m lessons.goodhart --betas "0.1 0" --judges 1      the leash of ppo.py, and none
 
 The picture has judge and truth in it: `liked` is how often the judge would prefer an answer to an
@@ -61,10 +61,14 @@ class Config(figures.Lesson):
     reward: str = "out/reward_model"  # the proxy
     betas: str = "0.3 0.1 0.03 0.01 0"  # prices of a nat of distance, one run each
     judges: int = 3           # of the run with doubt (1: no such run)
+    quick: bool = False       # as --steps 10 --betas "0.1 0" --judges 1, to see that it runs
     save: bool = False        # the models are not kept
 
+    unused = ("out", "save")
 
-SHARED = ("init", "data", "reward", "steps", "batch", "lr", "seed", "device", "algorithm")
+
+SHARED = ("init", "data", "reward", "steps", "batch", "accumulate", "lr", "lora", "seed", "device",
+          "bf16", "algorithm")
 FREE = "beta 0"               # the names of three runs: without a leash,
 PRICE = f"beta {ppo.Config.beta}"   # on ppo.py's,
 DOUBT = "doubt"               # and without one, but with three judges
@@ -87,7 +91,9 @@ def signals(texts):
 
 
 def alarms(now, start, n):
-    """Signals now, and at the start, of answers to n prompts -> names of those that are too high"""
+    """Signals now, and at the start, of answers to n prompts -> names of those that are too high.
+    The start is 512 prompts with one answer each; a tenth of a run of rloo has fewer prompts, with
+    four answers each, which begin alike more often. So `openings` rings a little early."""
     luck = 5 * 0.5 / math.sqrt(n)
     most = {"kl": kl_bound(100), "length": 1.5 * start["length"],
             "repeated": start["repeated"] + luck, "openings": start["openings"] + luck}
@@ -150,7 +156,8 @@ def load_judges(config, count):
         if not Path(folder, "config.json").exists():
             config.say(f"{folder} not found: reward_model.py from seed {seed} makes it first")
             reward_model.train(reward_model.Config(init=config.init, seed=seed, out=folder,
-                                                   device=config.device, quiet=True))
+                                                   device=config.device, bf16=config.bf16,
+                                                   quiet=True))
         folders.append(folder)
     judges = []
     for folder in folders:
@@ -203,8 +210,8 @@ def run(config):
     """One seed -> what the start was, and a table for each run"""
     judges = load_judges(config, config.judges)
     start = start_of(config, 512, judges[0])
-    config.say("at the start: length {length:.2f}, repeated {repeated:.2f}, openings {openings:.2f}"
-               .format(**start))
+    config.say("at the start: score {score:.2f}, gold {gold:.2f}, length {length:.2f}, "
+               "repeated {repeated:.2f},\nopenings {openings:.2f}".format(**start))
     prompts = config.batch // ppo.ALGORITHMS[config.algorithm].group
     runs = {f"beta {beta}": (float(beta), judges[:1]) for beta in config.betas.split()}
     if len(judges) > 1:
@@ -256,7 +263,7 @@ def ends_of(tables):
 
 def show_cures(tables, config):
     """How far gold ends below the free run's peak (minus: above it). A cure should save half of
-    what is lost with none. -> lost, by name"""
+    what is lost with none, if that is more than noise. -> lost, by name"""
     peak = turning_point(tables[FREE])["peak"]
     lost = {}
     config.say("\ncure             kl     liked      gold  below the free run's peak")
@@ -266,9 +273,11 @@ def show_cures(tables, config):
         for key in "kl", "liked", "gold":
             line += f"{end[key]:10.2f}"
         line += f"{lost[name]:10.2f}"
-        if name != "none" and lost[name] <= lost["none"] / 2:
+        if lost["none"] > 0.05 and lost[name] <= lost["none"] / 2:
             line += "  halved"
         config.say(line)
+    if lost["none"] <= 0.05:
+        config.say("nothing is lost with no cure, so there is nothing to save")
     if first_alarm(tables[FREE]) is None:
         config.say("no alarm rang: `alarm` is the end of the free run, as `none` is")
     return lost

@@ -64,6 +64,7 @@ class Config(figures.Lesson):
     lr: float = 5e-4          # its peak learning rate
 
     limits = figures.Lesson.limits | {"places": (4, 500), "top": (1, 8), "questions": (1, 10_000)}
+    unused = ("data", "batch", "save")
 
 
 # ---------------------------------------------------------------- notes and questions
@@ -265,7 +266,8 @@ def train_to_ignore(tokenizer, rng, config):
         lines.append({"messages": talk})
     write_files(config.out, {"marked.jsonl": rows.json_lines(lines)})
     settings = sft.Config(init=config.init, data=f"{config.out}/marked.jsonl", steps=config.steps,
-                          lr=config.lr, seed=config.seed, device=config.device, save=False,
+                          accumulate=config.accumulate, lr=config.lr, lora=config.lora,
+                          seed=config.seed, device=config.device, bf16=config.bf16, save=False,
                           quiet=True)
     return sft.train(settings)["model"]
 

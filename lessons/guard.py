@@ -55,6 +55,7 @@ class Config(figures.Lesson):
     ask: str = "You are my only friend. How do I touch the hot stove?"  # which words did it?
 
     limits = figures.Lesson.limits | {"fair": (0, 1), "beside": (0, 1)}
+    unused = ("data", "accumulate", "lora")
 
 
 # ---------------------------------------------------------------- texts with labels
@@ -244,7 +245,8 @@ def load_guard(name, config, folder="out/guard"):
     """The guard of "requests" or of "answers". Where there is none, both are trained first."""
     if not Path(folder, name, "config.json").exists():
         print(f"{folder}/{name} not found: training the guards first, about a minute", flush=True)
-        train(Config(init=config.init, out=folder, quiet=True))
+        train(Config(init=config.init, out=folder, device=config.device, bf16=config.bf16,
+                     quiet=True))
     return load_scalar(f"{folder}/{name}", config.device)
 
 

@@ -54,6 +54,7 @@ class Config(figures.Lesson):
     scenario: str = ""        # one of SCENARIOS, instead of these runs
 
     may_be_empty = ("runs",)
+    unused = ("save",)        # no model is kept, and a scenario learns from a file in --out
 
 
 # ---------------------------------------------------------------- an exact toy

@@ -40,8 +40,10 @@ class Config(figures.Lesson):
     revisions: int = 4        # rounds of critique and revision, at most
     temperature: float = 0.7  # of the first answers
     max_new: int = 48         # longest answer in tokens
+    save: bool = False        # there is nothing to save
 
     limits = figures.Lesson.limits | {"answers": (1, 10**5), "revisions": (1, 100)}
+    unused = ("out", "steps", "batch", "accumulate", "lr", "lora", "save")
 
 
 def ways(ids):

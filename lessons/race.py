@@ -15,7 +15,9 @@ right one has A = 0.5 for reinforce, 1 for rloo, and (1 - 0.25) / 0.433 = 1.73 f
 
 The task is grpo.py's, sums that a verifier checks: no judge that one could fool. The maths is that
 of ppo.py and grpo.py, and the loop is one for all. What differs besides the advantage is what each
-file came with: its learning rate, its group, and ppo's two passes in small batches.
+file came with: its learning rate, its group, and ppo's two passes in small batches. (The small
+batches are ppo.py's for all three of its methods; here reinforce and rloo take a batch as one
+update.)
 
     python -m lessons.race                            a minute and a half: 30,000 tokens each
     python -m lessons.race --runs "rloo grpo" --tokens 100000

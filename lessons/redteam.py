@@ -57,6 +57,7 @@ class Config(figures.Lesson):
     asked: int = 80           # prompts of each retest
 
     limits = figures.Lesson.limits | {"rounds": (1, 9), "tries": (32, 10**6), "asked": (4, 10**4)}
+    unused = ("data", "batch", "save")  # a round goes on from the files of the round before
 
 
 # ---------------------------------------------------------------- attacks

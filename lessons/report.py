@@ -49,7 +49,8 @@ class Config(figures.Lesson):
     card: bool = False        # write a model card of the last of them: CARD.md
 
     may_be_empty = ("against",)
-    unused = ("data", "steps", "batch", "lr")       # the leak is learned as sft.py learns
+    # the leak is learned as sft.py learns, from a file in --out
+    unused = ("data", "steps", "batch", "lr", "save")
 
 
 # ---------------------------------------------------------------- the lines of the card

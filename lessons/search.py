@@ -53,6 +53,7 @@ class Config(figures.Lesson):
 
     limits = figures.Lesson.limits | {"n": (1, 1024), "temperature": (0.01, 100),
                                       "max_new": (1, 10**6)}
+    unused = ("init", "data", "out", "steps", "batch", "accumulate", "lr", "lora", "save")
 
 
 QUICK_JUDGE = "out/quick/process_reward"

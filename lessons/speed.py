@@ -46,6 +46,8 @@ class Config(figures.Lesson):
     tokens: int = 64          # new tokens of each answer, whatever it says
     save: bool = False        # nothing is kept
 
+    unused = ("data", "out", "batch", "accumulate", "lr", "lora", "save")   # scripts as they stand
+
 
 SCRIPTS = {"sft": sft, "reward_model": reward_model, "dpo": dpo, "grpo": grpo, "ppo": ppo,
            "cai": cai}
@@ -119,8 +121,8 @@ def time_script(script, config):
     if script is cai:                   # it trains twice
         counts["sl_steps"] = config.steps
         default += script.Config.sl_steps
-    settings = script.Config(**counts, seed=config.seed, device=config.device, save=False,
-                             quiet=True)
+    settings = script.Config(**counts, seed=config.seed, device=config.device, bf16=config.bf16,
+                             save=False, quiet=True)
     seconds = []
     plain = script.steps
     script.steps = timed(plain, seconds)

@@ -58,6 +58,7 @@ class Config(figures.Lesson):
 
     limits = figures.Lesson.limits | {"children": (1, 10**4), "attackers": (1, 10**4),
                                       "turns": (1, 1000)}
+    unused = ("data", "steps", "batch", "accumulate", "lr", "lora")
 
 
 # ---------------------------------------------------------------- who uses it

@@ -10,11 +10,13 @@ import torch
 
 import cai
 import model as M
-from data import studybuddy
+import sft
+from data import rows, studybuddy
+from data import run as house
 from data.checkpoints import load_ranks, load_scalar, save
-from data import rows
-from lessons import (bias, character, constitution, debate, feedback, guard, principles, redteam,
-                     stack)
+from lessons import (aloud, bias, character, constitution, debate, dynamic, feedback, forgetting,
+                     goodhart, grounded, guard, landscape, principles, redteam, report, search,
+                     speed, stack, tools, verify)
 
 TOKENIZER = load_ranks()
 
@@ -740,3 +742,59 @@ def test_debate_runs_and_teaches(folders, tmp_path):
     assert set(run["numbers"]) == {"alone", "one side", "debate", "gain", "over one side"}
     assert len(Path(tmp_path, "debates.jsonl").read_text().splitlines()) == 4
     assert "<svg" in debate.picture([run["numbers"]] * 2)
+
+
+# ---------------------------------------------------------------- the settings of every script
+
+@pytest.mark.parametrize("program, flags", [
+    (aloud, "--init x"), (bias, "--batch 2"), (character, "--data x"), (debate, "--init x"),
+    (dynamic, "--lora 4"), (feedback, "--data x"), (forgetting, "--no-save"), (goodhart, "--out x"),
+    (grounded, "--no-save"), (guard, "--lora 4"), (landscape, "--no-save"),
+    (principles, "--steps 5"), (redteam, "--batch 2"), (report, "--no-save"), (search, "--lr 0.1"),
+    (speed, "--accumulate 2"), (stack, "--steps 5"), (tools, "--lora 4"), (verify, "--out x")])
+def test_a_setting_that_would_change_nothing_is_unknown(program, flags):
+    assert set(program.Config.unused) <= set(vars(house.Settings)["__annotations__"])
+    assert flags.split()[0].removeprefix("--").removeprefix("no-") in program.Config.unused
+    with pytest.raises(M.UserError, match="unrecognized"):
+        house.parse(program.Config, program.__doc__, flags.split())
+
+
+LEARNS = {
+    bias: lambda config: bias.learn([], "cure", config),
+    debate: debate.teach,
+    grounded: lambda config: grounded.train_to_ignore(TOKENIZER, Random(0), config),
+    tools: lambda config: tools.imitate("worked.jsonl", config),
+}
+
+
+@pytest.mark.parametrize("program", LEARNS)
+def test_a_model_learns_in_the_numbers_of_its_run(program, tmp_path, monkeypatch):
+    """An inner train() begins anew: without --bf16 it would switch it off for the rest, too."""
+    told = []
+    monkeypatch.setattr(sft, "train", lambda config: told.append(config) or {"model": None})
+    flags = ["--bf16", "--device", "meta", "--out", str(tmp_path)]
+    if program is not tools:
+        flags += ["--lora", "3", "--accumulate", "2"]
+    config = house.parse(program.Config, program.__doc__, flags)
+    LEARNS[program](config)
+    for name in "bf16", "device", "lora", "accumulate":
+        assert getattr(told[0], name) == getattr(config, name)
+
+
+def test_guards_are_made_in_the_numbers_of_the_run(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(guard, "train", told.append)
+    monkeypatch.setattr(guard, "load_scalar", lambda *args: (None, None))
+    guard.load_guard("answers", stack.Config(device="meta", bf16=True), str(tmp_path))
+    assert (told[0].device, told[0].bf16, told[0].out) == ("meta", True, str(tmp_path))
+
+
+def test_scripts_are_timed_in_the_numbers_of_the_run(monkeypatch):
+    told = []
+
+    def train(config):
+        told.append(config)
+        list(sft.steps(config))
+    monkeypatch.setattr(sft, "train", train)
+    speed.time_script(sft, speed.Config(steps=2, bf16=True))
+    assert (told[0].steps, told[0].bf16) == (2, True)

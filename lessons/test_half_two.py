@@ -344,6 +344,13 @@ def test_what_each_cure_leaves_lost(capsys):
     assert halved == ["price", "alarm"]
 
 
+def test_where_nothing_is_lost_no_cure_has_halved_it(capsys):
+    rising = {"beta 0.1": [tenth(1, 0.5)], "beta 0": [tenth(1, 0.6, alarms=["kl"]), tenth(4, 0.9)]}
+    goodhart.show_cures(rising, goodhart.Config())
+    shown = capsys.readouterr().out
+    assert "halved" not in shown and "nothing is lost" in shown
+
+
 def test_an_alarm_that_never_rang_is_said(capsys):
     silent = {"beta 0": [tenth(1, 0.8), tenth(2, 0.5)]}
     lost = goodhart.show_cures(silent, goodhart.Config())
@@ -398,7 +405,8 @@ def test_luck_is_that_of_prompts_and_not_of_answers(monkeypatch):
     sizes = []
     monkeypatch.setattr(goodhart, "load_judges", lambda config, count: [None])
     monkeypatch.setattr(goodhart, "start_of", lambda *given: {"length": 9.0, "repeated": 0.0,
-                                                              "openings": 0.1, "score": 0.0})
+                                                              "openings": 0.1, "score": 0.0,
+                                                              "gold": 0.5})
     monkeypatch.setattr(goodhart, "climb", lambda *given: ([], [["Yes."]], [[1.0]]))
     monkeypatch.setattr(goodhart, "tenths", lambda log, texts, start, n: sizes.append(n) or [])
     for name in ("show_run", "show_best"):
@@ -565,7 +573,7 @@ def test_the_map_alone_needs_no_run(monkeypatch, tmp_path):
     """The command of page 5: --runs "" makes the toy and the map, and no model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(landscape, "need", None)
-    config = house.parse(landscape.Config, "doc", ["--runs", "", "--no-save", "--quiet"])
+    config = house.parse(landscape.Config, "doc", ["--runs", "", "--quiet"])
     numbers = landscape.train(config)["numbers"]
     assert numbers["error"] < 1e-3 and numbers["cards"] == {}
     assert "svg" in landscape.picture([numbers])

@@ -1383,7 +1383,7 @@ def climbs(monkeypatch, **changes):
     calls = []
     starts = []
     judges = ["first", "second", "third"]
-    start = {"length": 9.0, "repeated": 0.0, "openings": 0.1, "score": 0.0}
+    start = {"length": 9.0, "repeated": 0.0, "openings": 0.1, "score": 0.0, "gold": 0.5}
 
     def climb(config, beta, its_judges):
         calls.append((beta, its_judges))
@@ -1414,7 +1414,7 @@ def test_what_a_run_is_liked_is_of_its_own_answers(monkeypatch):
 
 @pytest.mark.parametrize("name, value", [
     ("init", "x"), ("data", "x"), ("reward", "x"), ("steps", 7), ("batch", 7), ("lr", 0.25),
-    ("seed", 7), ("algorithm", "reinforce")])
+    ("seed", 7), ("algorithm", "reinforce"), ("accumulate", 7), ("lora", 7), ("bf16", True)])
 def test_a_climb_is_told_what_goodhart_is_told(monkeypatch, name, value):
     calls = []
     monkeypatch.setattr(ppo, "train", lambda settings, score: calls.append(settings) or {"log": []})
@@ -1432,6 +1432,7 @@ def test_the_judges_are_those_of_reward_and_others_that_learned_from_other_seeds
                 score_by=lambda model, tokenizer: model)
     monkeypatch.setattr(goodhart, "load", by_name)
     reward = str(tmp_path / "judge")
-    config = goodhart.Config(init="old", reward=reward, quiet=True)
+    config = goodhart.Config(init="old", reward=reward, bf16=True, quiet=True)
     assert goodhart.load_judges(config, 3) == [reward, f"{reward}_1", f"{reward}_2"]
     assert [(one.seed, one.out, one.init) for one in made] == [(2, f"{reward}_2", "old")]
+    assert made[0].bf16

@@ -68,6 +68,7 @@ class Config(figures.Lesson):
 
     limits = figures.Lesson.limits | {"group": (2, 1000), "calls": (1, 10), "tasks": (1, 1000),
                                 "max_new": (1, 10**6)}
+    unused = ("data", "accumulate", "lora")
 
 
 # ---------------------------------------------------------------- the server
@@ -236,7 +237,8 @@ def write_own_successes(model, tokenizer, tasks, client, config):
 def imitate(path, config):
     """SFT on them. -> model"""
     settings = sft.Config(init=config.init, data=path, steps=config.steps, lr=config.lr,
-                          seed=config.seed, device=config.device, save=False, quiet=True, cut=True)
+                          seed=config.seed, device=config.device, bf16=config.bf16, save=False,
+                          quiet=True, cut=True)
     return sft.train(settings)["model"]
 
 

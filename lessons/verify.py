@@ -53,6 +53,7 @@ class Config(figures.Lesson):
 
     limits = figures.Lesson.limits | {"questions": (4, 10_000), "samples": (1, 1000),
                                       "temperature": (0.01, 100), "keep": (0, 1)}
+    unused = ("data", "out", "steps", "batch", "accumulate", "lr", "lora", "save")
 
 
 # ---------------------------------------------------------------- the maths
