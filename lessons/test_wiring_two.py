@@ -1279,11 +1279,12 @@ def test_character_learns_as_it_is_told(monkeypatch, tmp_path, save):
                 make_data=lambda *a: ([], {}))
     monkeypatch.setattr(character.sft, "train", given(calls, result={"model": None}))
     config = character.Config(init=ANY, out=str(tmp_path), steps=7, lr=0.25, seed=3, save=save,
-                              quiet=True)
+                              lora=5, accumulate=6, bf16=True, quiet=True)
     character.train(config)
     settings = calls[0].args[0]
     assert settings.data == str(tmp_path / "data.jsonl")
-    assert told(settings, config, "init", "out", "steps", "lr", "save")
+    assert told(settings, config, "init", "out", "steps", "lr", "save", "lora", "accumulate",
+                "bf16")
 
 
 # ---------------------------------------------------------------- feedback
