@@ -278,11 +278,12 @@ def picture(runs):
         for line in panel.lines:
             colours.setdefault(line.name, f"c{len(colours) % 6}")
     left = 16
-    wide = 728 / max(1, len(panels))
+    right = 460                                 # a dozen names need room: the first panel is wider
     for panel in panels:
-        draw_panel(paper, panel, Box(left, bottom, left + wide - 16, bottom + 320), colours)
-        left += wide
-    height = bottom + (320 if panels else 0)
+        draw_panel(paper, panel, Box(left, bottom, right - 16, bottom + 440), colours)
+        left = right
+        right = 744
+    height = bottom + (440 if panels else 0)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" role="img">'
     background = '<rect class="paper" width="100%" height="100%"/>'
     return "\n".join([head, STYLE, background, *paper.marks, "</svg>\n"])
