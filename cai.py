@@ -21,9 +21,10 @@ never end.)
     python -m lessons.constitution            what each principle buys, and who judges the judge
 
 A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true} where it is an
-attack. What it learned from stands in out/cai/revisions.jsonl and out/cai/verdicts.jsonl: sft.py,
-dpo.py and reward_model.py read them (without p: they learn who won, not by how much), and with
-that reward model ppo.py is the paper's own RLAIF.
+attack; both kinds are needed. Put your model's words for "no flaw" into NOTHING first, else every
+answer is mended in every round. What it learned from stands in out/cai/revisions.jsonl and
+out/cai/verdicts.jsonl: sft.py, dpo.py and reward_model.py read them (without p: they learn who won,
+not by how much). With that reward model, ppo.py --init out/cai/sl is the paper's own RLAIF.
 
 Simplified from Bai et al. 2022 (2212.08073): the SFT model stands for a helpful-only RLHF model,
 there are no human labels of helpfulness, no chain of thought, and DPO takes the place of PPO.
@@ -74,7 +75,7 @@ class Config(Settings):
 
 # ---------------------------------------------------------------- the maths
 
-# p = 1/2 [P("A" | a at A) + P("B" | a at B)]
+# p = 1/2 [P("A" | a at A) + P("B" | a at B)], and P("B") is 1 - P("A"): see judge
 def preference(a_first, b_first):
     """P("A") when a stands at A, and when b does, (N,) each -> P(a is better) (N,). A judge that
     always says A gets 1/2."""
@@ -102,7 +103,8 @@ class Draft:
     prompt: rows.Prompt
     first: str               # what the model said at first
     text: str                # what it is now
-    flaws: list = field(default_factory=list)   # (principle, critique, revision) of each round
+    # of each round that mended it: (principle, critique, revision)
+    flaws: list = field(default_factory=list)
     order: list = None       # the principles, as they are tried on it
 
 
@@ -115,7 +117,8 @@ def turns(prompt, *texts):
 
 
 def critique(model, tokenizer, drafts, principles):
-    """What is wrong with each draft by its principle, in the model's likeliest words. -> texts"""
+    """What is wrong with each draft by its principle, in the model's likeliest words. -> texts
+    One that is cut off at 24 tokens counts as a flaw, too, unless it begins with NOTHING."""
     chats = []
     for draft, principle in zip(drafts, principles):
         chats.append(turns(draft.prompt.messages, draft.text, CRITIQUE.format(principle=principle)))
@@ -149,8 +152,8 @@ def improve(model, tokenizer, drafts, principles, config, generator):
 
 
 def first_flaws(model, tokenizer, drafts, principles, config, generator):
-    """The principles are tried in turn, for each draft in an order of its own, until the critic
-    finds a flaw. -> [(draft, principle, critique)] of the drafts that have one"""
+    """The principles are tried in turn until the critic finds a flaw, for each draft in an order of
+    its own, drawn anew in each round. -> [(draft, principle, critique)] of those with a flaw"""
     for draft in drafts:
         draft.order = in_order(principles, config, generator)
     waiting = drafts
@@ -371,7 +374,9 @@ def train(config):
 
     # ---- SL-CAI: answer attacks, criticise, mend
     drafts = []
-    red_again = red * config.answers        # one answer a row: an endless one drops itself alone
+    # Each prompt stands here `answers` times, with one answer each: an answer that does not end
+    # drops out without its siblings.
+    red_again = red * config.answers
     for prompt, texts in own_answers(teacher, tokenizer, red_again, 1, config, generator):
         drafts.append(Draft(prompt, first=texts[0], text=texts[0]))
     improve(teacher, tokenizer, drafts, principles, config, generator)
@@ -379,8 +384,9 @@ def train(config):
     for draft in mended[:1]:
         show_draft(draft, config)
 
-    # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful. A few
-    # drafts with a flaw are as they were: no revision of them came to an end.
+    # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful. These
+    # are learned as they come, without critique. A few drafts with a flaw are as they were, too: no
+    # revision of them came to an end.
     others = own_answers(teacher, tokenizer, plain[:len(drafts)], 1, config, generator)
     taught = [(draft.prompt, draft.text) for draft in drafts]
     taught += [(prompt, texts[0]) for prompt, texts in others]
@@ -422,7 +428,8 @@ def train(config):
     merge_lora(policy)
     reference = copy.deepcopy(policy).requires_grad_(False)     # the SL-CAI model is pi_ref
 
-    # ---- RLAIF: two answers of the policy, half of them to attacks; the teacher compares them
+    # ---- RLAIF: two answers of the policy, half of them to attacks; the teacher compares them.
+    # Where a kind has fewer prompts than half, they are asked again.
     half = config.pairs // 2
     asked = list(itertools.islice(itertools.cycle(red), half))
     asked += list(itertools.islice(itertools.cycle(plain), half))
@@ -466,6 +473,7 @@ def train(config):
 
     # AFTER
     show_loss(policy, reference, verdicts[0], tokenizer, config)
+    # one log of both: the steps on the verdicts come after those on the mended answers
     log.rows = sl_log.rows + [row | {"step": row["step"] + config.sl_steps} for row in log.rows]
     if world:
         after, answers = exam.exam(policy, tokenizer, teacher, old_answers, config.seed)

@@ -81,7 +81,9 @@ class Vote(NamedTuple):
 
     def picked(self):
         """1: what the annotators had chosen, 2: the other one, 0: neither"""
-        return 3 - self.vote if self.flipped and self.vote else self.vote
+        if self.flipped and self.vote != 0:
+            return 3 - self.vote            # the other side: 1 for 2, 2 for 1
+        return self.vote                    # 0, neither, is neither on both sides
 
 
 def twice(votes):
@@ -125,7 +127,7 @@ def annotators_kappa(votes, pairs, seed=0):
     for vote in votes:
         pair = pairs[vote.pair]
         if exam.knows([pair.row]):
-            for said in [first, second] * 10:
+            for said in [first, second] * 10:   # ten votes of each of two annotators on this pair
                 prefers = studybuddy.prefers(rng, pair.row, pair.chosen, pair.rejected)
                 said.append(prefers != vote.flipped)            # True: the left one
     return kappa(first, second)
@@ -383,7 +385,8 @@ def curve(config):
         count = round(share * len(lines))
         path = f"{config.out}/some.jsonl"
         write_files(config.out, {"some.jsonl": "".join(lines[:count])})
-        steps = min(config.steps, max(1, count // 8))           # some five times through, at most
+        # 32 pairs a step: so few pairs are gone through some five times, and all 6,000 once
+        steps = min(config.steps, max(1, count // 8))
         settings = reward_model.Config(init=config.init, data=path, steps=steps, seed=config.seed,
                                        device=config.device, save=False, quiet=True)
         if config.quick:

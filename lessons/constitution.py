@@ -7,15 +7,20 @@ our world, and ask of a run:
                    sees, how many are there (precision)? Each principle is asked about each answer.
     the reviser    Of the flaws that it was asked to mend, how many are gone? How many good answers
                    did it make bad?
-    the rounds     How many bad answers are good now, and how many attacks still succeed?
+    the rounds     After 1, 2, .. mendings: how many bad answers are good now, how many good ones
+                   are spoiled, and how many attacks still succeed?
     the verdicts   How often is the judge's label true, in one order and in both? And annotators'?
                    How often is it the label that the run learned from ("as the run")? And how sure
                    is the judge: how far is p from 1/2?
 
+The first three are about answers to attacks. These ask for no fact, so nothing false is stated and
+there is nothing to be unsure of: all that the critics of "true" and "unsure" see is false alarm.
+The verdicts are about answers to other prompts, too.
+
     python -m lessons.constitution                       by data/constitution.json
-    python -m lessons.constitution --constitution data/constitution_vague.json
-    python -m lessons.constitution --constitution data/constitution_conflict.json --order first
-    python -m lessons.constitution --constitution data/constitution_gap.json
+    python -m lessons.constitution --constitution data/constitution_vague.json --out out/vague
+        and so with data/constitution_conflict.json --order first --out out/conflict,
+        and with data/constitution_gap.json --out out/gap
 
 Three constitutions may fail in ways worth seeing. "Be good." says little: is the judge still sure,
 and are its labels true? Two principles that contradict each other: does one undo the other's work?
@@ -43,10 +48,13 @@ class Config(cai.Config, figures.Lesson):
     out: str = "out/constitution"     # write here
 
 
+KEYS = ("gold", "attack_seen", "attack_unseen")     # of the cards before and after the run
+
+
 # ---------------------------------------------------------------- against the truth
 
 def share(flags, of):
-    """How many are true, of those where the other flag is?"""
+    """How many flags are true, of those whose flag in `of` is true?"""
     return mean([flag for flag, counts in zip(flags, of) if counts])
 
 
@@ -108,7 +116,8 @@ def reviser_table(drafts, constitution):
 
 
 def round_table(drafts, rounds):
-    """After each round: which bad answers are good, which good ones bad, which attacks succeed?"""
+    """Round r: each answer after r mendings, or as many as it has had. Of the answers that were bad
+    at first, how many are good (mended), and of the good ones, how many are bad (spoiled)?"""
     table = {}
     was_good = [is_good(draft, draft.first) for draft in drafts]
     was_bad = [not good for good in was_good]
@@ -120,8 +129,8 @@ def round_table(drafts, rounds):
             good.append(is_good(draft, text))
             attacked.append(studybuddy.attacked(draft.prompt.row, text))
         bad = [not flag for flag in good]
-        table[f"round {r}"] = {"mended": share(good, of=was_bad), "harmed": share(bad, of=was_good),
-                               "attacked": mean(attacked)}
+        table[f"round {r}"] = {"mended": share(good, of=was_bad),
+                               "spoiled": share(bad, of=was_good), "attacked": mean(attacked)}
     return table
 
 
@@ -140,13 +149,14 @@ def asked_once(critic, tokenizer, verdicts, rules, config, rng):
     p = cai.judge(critic, tokenizer, prompts, firsts, seconds, spoken)      # (N,) P("A")
     labels = []
     for verdict, first, says_first in zip(verdicts, firsts, (p > 0.5).tolist()):
-        labels.append(says_first == (first == verdict.line["chosen"]))
+        chosen_is_first = first == verdict.line["chosen"]
+        labels.append(says_first == chosen_is_first)
     return labels
 
 
 def label_table(verdicts, once, rng):
-    """How often does a label agree with the truth, where the answers differ, and with the run's?
-    once: what the judge says in one order. People are simulated annotators."""
+    """How often does a label agree with the truth, where the answers' gold differs, and with the
+    run's? once: what the judge says in one order. People are simulated annotators."""
     people, better, differ = [], [], []
     for verdict in verdicts:
         row = verdict.line
@@ -158,7 +168,7 @@ def label_table(verdicts, once, rng):
     run = [True] * len(verdicts)                    # its label is that the chosen answer is better
     for name, labels in ("both orders", run), ("one order", once), ("people", people):
         right = [label == truth for label, truth in zip(labels, better)]
-        table[name] = {"labels": len(labels), "decided": sum(differ),
+        table[name] = {"labels": len(labels), "gold differs": sum(differ),
                        "true": share(right, of=differ), "as the run": mean(labels)}
     return table
 
@@ -179,7 +189,7 @@ def show_table(title, table, config):
 
 
 def line(name, words):
-    return f"{name[:13]:14}" + "".join(f"{word:>12}" for word in words)
+    return f"{name[:13]:14}" + "".join(f"{word:>13}" for word in words)
 
 
 def cell(x):
@@ -203,7 +213,7 @@ def picture(runs):
     rounds = list(runs[0]["the rounds"])
     places = list(range(len(rounds)))
     lines = []
-    for name in ("mended", "harmed", "attacked"):
+    for name in ("mended", "spoiled", "attacked"):
         curves = []
         for run in runs:
             curves.append([run["the rounds"][r].get(name, math.nan) for r in rounds])
@@ -212,7 +222,7 @@ def picture(runs):
     for who in runs[0]["the verdicts"]:
         values = [run["the verdicts"][who]["true"] for run in runs]
         bars.append(figures.bar(who, {"true": values}))
-    return chart([Panel("Answers, round by round", "rounds of critique and revision",
+    return chart([Panel("Answers to attacks, round by round", "rounds of critique and revision",
                         "share of bad ones, of good ones, of attacks", lines, limits=(0, 1)),
                   Panel("Whose label is true?", "share of pairs", bars=bars, limits=(0, 1))])
 
@@ -240,6 +250,8 @@ def train(config):
     for title, table in tables.items():
         show_table(title, table, config)
     numbers = numbers_of(tables) | {"sureness": sure}
+    for when in ("before", "after"):
+        numbers[when] = {key: results[when][key] for key in KEYS}
     return results | {"tables": tables, "sureness": sure, "numbers": numbers}
 
 

@@ -138,15 +138,19 @@ def mean(values):
 
 
 def over(runs, fold):
-    """Numbers in dicts and lists, the same in every run -> the same dicts and lists of one run, in
-    which each number is the fold (mean, min, max) of all. A text is that of the first run."""
+    """Numbers in dicts, lists and tuples, the same in every run -> the same dicts and lists of one
+    run, in which each number is the fold (mean, min, max) of all. A text is that of the first run,
+    and so is a list that is longer in one run than in another: what stands at the same place need
+    not be the same thing (the bins of lessons.guard that nothing falls into are left out)."""
     first = runs[0]
     if isinstance(first, dict):
         folded = {}
         for key in first:
             folded[key] = over([run[key] for run in runs if key in run], fold)
         return folded
-    if isinstance(first, list):
+    if isinstance(first, (list, tuple)):
+        if len({len(run) for run in runs}) > 1:
+            return first
         folded = []
         for values in zip(*runs):
             folded.append(over(values, fold))

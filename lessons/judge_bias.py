@@ -25,7 +25,8 @@ It learns from four compliments and is probed with three others, so words alone 
 
 Simplified: gradient x input is the cheapest of its kind; integrated gradients add up to the score.
 A liking for a place ("A") needs a judge that sees two answers at once: lessons.talking_judge.
-Try next: a probe of your own as one more function in PROBES; mend the padding in the same way.
+Try next: a probe of your own, as one more function in PROBES; a tie for padding, and why it would
+be wrong.
 """
 import copy
 import json
@@ -240,12 +241,13 @@ def show_tables(r, held, results, config):
 def show_probes(cards, config):
     config.say("probe          before    mended      gold")
     for name in PROBES:
-        before, mended = (card["probes"][name] for card in cards.values())
+        before = cards["before"]["probes"][name]
+        mended = cards["mended"]["probes"][name]
         gold = "" if before["gold"] is None else f"{before['gold']:+.2f}"
         config.say(f"    {name:9}{before['score']:+8.2f}{mended['score']:+10.2f}{gold:>10}")
     for name in ("accuracy", "gold_order"):
         if name in cards["before"]:
-            before, mended = (card[name] for card in cards.values())
+            before, mended = cards["before"][name], cards["mended"][name]
             config.say(f"{name:13}{before:8.3f}{mended:10.3f}")
 
 
@@ -266,6 +268,7 @@ def train(config):
     cards = {"before": examine(model, held, plain, tokenizer),
              "mended": examine(mended, held, plain, tokenizer)}
     results["probes"] = cards["before"]["probes"]
+    # By no lot: it is the same answer for every seed, so figures.over() may average token by token.
     shortest = min(complimented(plain, tokenizer), key=longest)
     credits = {}
     for name, judge in {"before": model, "mended": mended}.items():

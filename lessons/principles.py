@@ -7,9 +7,14 @@ all principles, by all but one, by one alone. Our world knows which principles a
     bought(k) = share that breaks k, mended by all but k  -  share that breaks k, mended by all
 
 By hand: of 100 answers 20 break "age". Mended by all, 1 does; by all but "age", 11 do. So "age"
-bought 0.10. The other 0.09 were mended by the way: a critic that complains about something else
-has the whole answer written anew. A principle can cost, too: its price is the share of bad answers,
-whatever they break, mended by all, less that without it.
+bought 0.10. The other 0.09 were mended by the way: after most complaints the whole answer is
+written anew, whatever they were about. A principle can cost, too (bad: gold is below 1/2):
+
+    price(k) = share that is bad, mended by all  -  share that is bad, mended by all but k
+
+"curious" may cost: its revision often keeps the text and adds "What do you think?", and in such a
+text the other critics see less. So the last table asks each critic about the flaws that are there:
+how many does it see in the first answers, and how many in those that one principle has mended?
 
     python -m lessons.principles                            out/sft, by data/constitution.json
     python -m lessons.principles --constitution mine.json   by yours; see data/constitution.json
@@ -35,7 +40,7 @@ from model import UserError
 class Config(figures.Lesson):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt", some of them with "attack"
     constitution: str = "data/constitution.json"  # a list of {"id", "principle"}
-    answers: int = 190        # to attacks, and as many to other prompts
+    answers: int = 190        # to attacks (the file has 194), and as many to other prompts
     order: str = "draw"       # of the principles: draw (by lot), or first (as in the file)
     revisions: int = 4        # rounds of critique and revision, at most
     temperature: float = 0.7  # of the first answers
@@ -79,25 +84,46 @@ def mended(model, tokenizer, answers, principles, config):
 
 
 def broken_shares(drafts, ids):
-    """The truth about the answers: how many break each principle, how many are bad, and how many
-    did what an attack wanted? -> {name: share}"""
+    """The truth about the answers: how many break each principle, how many are bad, and of those
+    to attacks: how many grant the wish? -> {name: share}"""
     broken = []
     bad = []
-    obeyed = []
+    attack = []
     for draft in drafts:
         row = draft.prompt.row
         broken.append(studybuddy.broken(row, draft.text))
         bad.append(studybuddy.judge(row, draft.text)["gold"] < 0.5)
         if row.get("attack"):
-            obeyed.append(studybuddy.attacked(row, draft.text))
+            attack.append(studybuddy.attacked(row, draft.text))
     shares = {}
     for id in ids:
         shares[id] = mean([id in keys for keys in broken])
-    return shares | {"bad": mean(bad), "attack": mean(obeyed)}
+    return shares | {"bad": mean(bad), "attack": mean(attack)}
+
+
+def seen_shares(model, tokenizer, drafts, wordings):
+    """Of the answers that break a principle, in how many does its critic see a flaw?
+    -> {id: share}, without those that no answer breaks"""
+    shares = {}
+    for id, wording in wordings.items():
+        flawed = []
+        for draft in drafts:
+            if id in studybuddy.broken(draft.prompt.row, draft.text):
+                flawed.append(draft)
+        if flawed:
+            complaints = cai.critique(model, tokenizer, flawed, [wording] * len(flawed))
+            shares[id] = mean([not text.startswith(cai.NOTHING) for text in complaints])
+    return shares
 
 
 def line(name, shares):
-    return f"{name:18}" + "".join(f"{share:8.2f}" for share in shares.values())
+    return f"{name[:18]:18}" + "".join(f"{share:8.2f}" for share in shares.values())
+
+
+def seen_line(name, shares, ids):
+    """- stands where no answer breaks the principle"""
+    cells = [f"{shares[id]:.2f}" if id in shares else "-" for id in ids]
+    return f"{name[:18]:18}" + "".join(f"{cell:>8}" for cell in cells)
 
 
 def picture(runs):
@@ -131,15 +157,20 @@ def train(config):
     model, tokenizer = load(config.init, config.device)
     answers = first_answers(model, tokenizer, config, list(wordings.values()))
     config.say(f"{config.init} has given {len(answers)} answers, which it now mends\n")
+    columns = "".join(f"{column:>8}" for column in [*ids, "bad", "attack"])
+    config.say(f"{'share that breaks':18}" + columns)
     numbers = {}
+    seen = {}
     for name, used in ways(ids).items():
         principles = [wordings[id] for id in used]
         drafts = mended(model, tokenizer, answers, principles, config)
         numbers[name] = broken_shares(drafts, ids)
-        if len(numbers) == 1:
-            columns = "".join(f"{column:>8}" for column in numbers[name])
-            config.say(f"{'share that breaks':18}" + columns)
         config.say(line(name, numbers[name]))
+        if name == "first answers":
+            seen[name] = seen_shares(model, tokenizer, drafts, wordings)
+        if len(used) == 1:
+            changed = [draft for draft in drafts if draft.flaws]
+            seen[f"after {used[0]}"] = seen_shares(model, tokenizer, changed, wordings)
     bought = {}
     price = {}
     for id in ids:
@@ -148,7 +179,10 @@ def train(config):
         price[id] = numbers["all"]["bad"] - without["bad"]
     config.say("\n" + line("bought", bought))
     config.say(line("price", price))
-    return {"numbers": {"ways": numbers, "bought": bought, "price": price}}
+    config.say("\n" + f"{'flaws seen in':18}" + "".join(f"{id:>8}" for id in ids))
+    for name, shares in seen.items():
+        config.say(seen_line(name, shares, ids))
+    return {"numbers": {"ways": numbers, "bought": bought, "price": price, "seen": seen}}
 
 
 if __name__ == "__main__":

@@ -12,11 +12,19 @@ solutions by the same loss, the mean over all places « where they are read:
     First 5 x 10 = 50.   Then 5 x 4 = 17.   Then 50 + 17 = 67.   The answer is 67.«     outcome
 
 Labels for steps cost more than labels for results. Are they worth it? The table says whether the
-first wrong step is found, and which of 8 sampled solutions each judge picks. A third one learns
-nothing here: it is the base, asked for each step in words whether it is right. It works the step
-out once more before it says so.
+first wrong step is found (says_the_first: by who always names step 1), and which of 8 sampled
+solutions each judge picks (random: any one of them). A third judge learns nothing here: it is
+data/base, a language model, asked for each step in words whether it is right. It works the step out
+once more before it says so.
 
     python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, two minutes
+
+A line of --data is a solution, right so far or not at each of its steps:
+
+    {"prompt": "2 + 3 + 4?", "steps": ["First 2 + 3 = 5.", "Then 5 + 4 = 8."], "labels": [1, 0]}
+
+Whatever --data holds, the 8 solutions are to sums of this course's own world: so are random, any,
+and all numbers whose names begin with by_.
 
 Simplified: labels of steps are the world's own, not people's. Whoever samples until a judge is
 pleased must not ask it too often: the best of 1,000 finds its blind spots (lessons.goodhart).
@@ -41,6 +49,8 @@ from model import (Example, ScalarModel, UserError, collate, render_answer, rend
                    sample)
 from reward_model import calibration_error, hold_out_prompts, outcome_loss
 
+K = 8                         # solutions that are sampled to a sum
+
 
 @dataclass(frozen=True)
 class Config(figures.Lesson):
@@ -57,20 +67,22 @@ class Config(figures.Lesson):
 class Solution(NamedTuple):
     prompt: list             # messages
     steps: list              # its sentences
-    example: Example         # its tokens; 1 where the judge is read
+    example: Example         # its tokens; .answer has a 1 at each token where the judge is read
     labels: list             # is it right there? 1 or 0
 
 
 def encode(tokenizer, prompt, sentences, judge):
-    """-> Example, marked at the last token of every step, or at the <|im_end|> alone."""
+    """-> Example, marked at the last token of every step, or at the <|im_end|> alone. (Elsewhere an
+    Example's marks are 1 at every token of the answer. Here they say where the judge is read.)"""
     ids, answer = render_answer(tokenizer, prompt, " ".join(sentences))
+    start = answer.index(1)          # the first token of the solution
     read = [0] * len(ids)
     if judge == "outcome":
         read[-1] = 1
         return Example(ids, read)
     for i in range(len(sentences)):
         so_far = tokenizer.encode_ordinary(" ".join(sentences[:i + 1]))
-        read[answer.index(1) + len(so_far) - 1] = 1
+        read[start + len(so_far) - 1] = 1       # the last of the tokens so far
     return Example(ids, read)
 
 
@@ -149,25 +161,33 @@ def slips_found(held, lists):
     return {"first_wrong": exam.mean(found), "all_right": exam.mean(left_alone)}
 
 
+def says_the_first(held):
+    """first_wrong of who can't judge at all, and calls the first step wrong in every solution"""
+    return slips_found(held, [[0.0]] * len(held))["first_wrong"]
+
+
 def marks_in_words(critic, tokenizer, solved):
-    """[(prompt, sentences)] -> for each a list of marks, 1 or 0. Asked is about the steps; the last
-    sentence says what came out."""
+    """[(prompt, sentences)] -> for each a list of marks, 1 or 0. It is asked about every step but
+    the last sentence, which says what came out and counts as right."""
     asked = []
     for prompt, sentences in solved:
         for i in range(1, len(sentences)):
             so_far = " ".join(sentences[:i])
             text = f"{flat(prompt)} {so_far} Is the last step right?"
             asked.append([{"role": "user", "content": text}])
-    said = iter(respond(critic, tokenizer, asked, max_new=28, temperature=0.0))
+    said = respond(critic, tokenizer, asked, max_new=28, temperature=0.0)
     lists = []
+    first = 0                        # where in `said` this solution begins
     for prompt, sentences in solved:
-        marks = [float(not next(said).endswith("Wrong.")) for _ in sentences[:-1]]
+        after = first + len(sentences) - 1
+        marks = [float(not text.endswith("Wrong.")) for text in said[first:after]]
         lists.append(marks + [1.0])
+        first = after
     return lists
 
 
 def strength(r):
-    """A chain is as strong as its weakest step. r (S,) -> a number for the whole solution"""
+    """A chain is as strong as its weakest step. r (S,), or marks -> a number for all of it"""
     return r.min()
 
 
@@ -183,48 +203,68 @@ def result_of(text):
     return results[-1] if results else text
 
 
-def best_of(policy, judges, critic, tokenizer, config, K=8):
-    """Of K solutions to a sum everybody picks one. -> how often it is right"""
+class Attempt(NamedTuple):
+    prompt: list             # messages
+    steps: list              # its sentences
+    result: str              # what it says at its end
+    right: bool
+
+
+def attempts_at_sums(policy, tokenizer, config):
+    """-> attempts at P sums of this world: K at the first one, K at the second ..."""
     rng = Random(config.seed)
     sums = [ask(rng, "math", "exam") for _ in range(config.problems)]
     starts = []
-    for row in sums:                # "First" is written for it, or it would blurt out a result
+    for row in sums:
+        # The first word is given: after "First" it works in steps. Left alone, it may blurt out a
+        # result, and there would be no step to judge.
         start = render_prompt(tokenizer, rows.to_messages(row["prompt"]))
         starts.append(start + tokenizer.encode_ordinary("First"))
     generator = torch.Generator().manual_seed(config.seed)
     texts = sample(policy, tokenizer, starts, n=K, generator=generator).texts  # P * K
-    right, votes, solved = [], [], []
-    examples = {name: [] for name in judges}
+    attempts = []
     for i, text in enumerate(texts):
         row = sums[i // K]
         solution = "First " + text
-        votes.append(result_of(solution))
-        right.append(float(votes[-1] == row["answer"]))
-        sentences = re.split(r"(?<=[.!?]) ", solution)
-        prompt = rows.to_messages(row["prompt"])
-        solved.append((prompt, sentences))
-        for name in judges:
-            examples[name].append(encode(tokenizer, prompt, sentences, name))
-    right = torch.tensor(right).view(-1, K)                      # (P, K)
+        result = result_of(solution)
+        sentences = re.split(r"(?<=[.!?]) ", solution)  # at each space behind a . or ! or ?
+        attempts.append(Attempt(rows.to_messages(row["prompt"]), sentences, result,
+                                result == row["answer"]))
+    return attempts
 
-    picks = {"majority": torch.tensor([majority(votes[i:i + K]) for i in range(0, len(votes), K)])}
+
+def best_of(attempts, judges, critic, tokenizer):
+    """Of the K attempts at a sum everybody picks one. -> how often it is right"""
+    picks = {}                       # who: numbers from 0 to K - 1, (P,)
+    results = [attempt.result for attempt in attempts]
+    commonest = [majority(results[i:i + K]) for i in range(0, len(results), K)]
+    picks["majority"] = torch.tensor(commonest)
     for name, model in judges.items():
-        lists = score_lists(model, examples[name], tokenizer)
-        r = torch.stack([strength(r) for r in lists]).view(-1, K)  # (P, K)
-        picks[name] = r.argmax(1)                                # (P,)
-    marks = marks_in_words(critic, tokenizer, solved)
-    picks["words"] = torch.tensor([min(values) for values in marks]).view(-1, K).argmax(1)
+        examples = [encode(tokenizer, one.prompt, one.steps, name) for one in attempts]
+        lists = score_lists(model, examples, tokenizer)
+        picks[name] = strongest(lists)
+    marks = marks_in_words(critic, tokenizer, [(one.prompt, one.steps) for one in attempts])
+    picks["words"] = strongest([torch.tensor(values) for values in marks])
+
+    right = torch.tensor([float(attempt.right) for attempt in attempts]).view(-1, K)  # (P, K)
     card = {"random": right.mean().item(), "any": right.amax(1).mean().item()}
     for name, pick in picks.items():
         card["by_" + name] = right.gather(1, pick[:, None]).mean().item()  # (P, K) -> (P, 1)
     return card
 
 
+def strongest(lists):
+    """lists: for each of P * K solutions r (S,) -> which of the K is the strongest, the first one
+    where several are (P,)"""
+    strengths = torch.stack([strength(r) for r in lists])        # (P * K,)
+    return strengths.view(-1, K).argmax(1)                       # (P, K) -> (P,)
+
+
 # ---------------------------------------------------------------- training
 
 def train_judge(config, judge):
     """The loop of reward_model.py, for a judge that is read anywhere.
-    -> the judge, its log, its report card before and after"""
+    -> the judge, its log, its report card before and after, the held-out solutions"""
     torch.manual_seed(config.seed)
     transformer, tokenizer = load(config.init, config.device)
     model = ScalarModel(transformer).to(config.device)
@@ -259,7 +299,7 @@ def train_judge(config, judge):
         loss, right = torch.cat(seen, dim=1)                     # (N,) each
         log(step, loss=loss.mean(), accuracy=right.mean())
     merge_lora(model)
-    return model, log, before, evaluate(model, held, tokenizer)
+    return model, log, before, evaluate(model, held, tokenizer), held
 
 
 def train(config):
@@ -268,15 +308,15 @@ def train(config):
     started = begin(config)
     need(config.init, "python sft.py", 20)
     policy, tokenizer = load(config.init, config.device)
-    outcome, _, _, outcome_card = train_judge(config, "outcome")
-    process, log, before, after = train_judge(config, "process")
+    outcome, _, _, outcome_card, _ = train_judge(config, "outcome")
+    process, log, before, after, held = train_judge(config, "process")
     after["outcome_accuracy"] = outcome_card["accuracy"]
+    after["says_the_first"] = says_the_first(held)
     critic, _ = load(config.critic, config.device)
-    _, held = read_solutions(config, tokenizer, policy.config.max_len, "process")
     solved = [(solution.prompt, solution.steps) for solution in held]
     words = slips_found(held, marks_in_words(critic, tokenizer, solved))
     judges = {"outcome": outcome, "process": process}
-    after |= best_of(policy, judges, critic, tokenizer, config)
+    after |= best_of(attempts_at_sums(policy, tokenizer, config), judges, critic, tokenizer)
     after |= {f"{name}_in_words": value for name, value in words.items()}
     if config.save:
         save(config.out, process, tokenizer)

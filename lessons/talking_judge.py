@@ -18,14 +18,22 @@ A second judge says first what it thinks of each answer, then its letter (Ankner
 for the worse answer by mistake may have found something wrong with it, too.
 
     Question: ... A: The red team wins. B: I don't know. ... Which is better?
-    A: Nobody can know this, but it sounds sure. B: There is nothing to mend. B
+    A: Nobody can know this, but it sounds sure. B: There is nothing to mend.B
 
     L' = L - mean_t log pi(reason_t | question, reason_<t)       the letter is read after the reason
 
-It is asked twice: after reasons of its own, and after those that annotators would give. Where the
-second helps and the first does not, it can weigh reasons and can't find them.
+The mean is over all reason tokens of a batch, so that a long reason counts for more than a short
+one. The judge is asked twice: after reasons of its own, and after those that annotators would give.
+Where the second helps and the first does not, it can weigh reasons and can't find them. Two numbers
+say why: right_reasons, how often it says of an answer what annotators would say of it, beside
+nothing_to_mend, how often the commonest remark is the true one; and same_in_both_orders, how often
+it says the same whichever answer comes first.
 
     python -m lessons.talking_judge       data/preferences.jsonl -> out/talking_judge
+    python -m lessons.talking_judge --data mine.jsonl --out out/mine      the first judge alone
+
+A line of mine.jsonl is {"prompt": "...", "chosen": "...", "rejected": "..."}. What is wrong with an
+answer is known in this course's own world, so only its rows are given reasons, and a second judge.
 
 Simplified: the simulated annotators' reasons are always true, only their votes are noisy; and one
 reason is said, where Zhang et al. take a vote over many.
@@ -47,11 +55,14 @@ from model import Example, UserError, collate, render_prompt, sample
 from reward_model import flattered, longest, read_comparisons, report
 
 PRINCIPLE = "Choose the better answer for a child."
-# what can be wrong with an answer, the worst first, and how one says it (without an A or a B)
+# What can be wrong with an answer, the worst first, and how one says it (without an A or a B). The
+# order is ours, close to what a flaw costs in gold: half of it or more, and the last one a fifth.
 FLAWS = {key: CRITIQUES[key][0] for key in ("age", "true", "unsure", "learn")}
 FLAWS |= {"point": "It misses the point.", "curious": CRITIQUES["curious"][0]}
 NOTHING = CRITIQUES[None][0]
-ROOM = 46                     # tokens, for a reason and a letter
+# Tokens for a reason and a letter. The longest of the annotators' reasons has 38, and the letter is
+# one more; the rest is for a judge that says it in other words.
+ROOM = 46
 
 
 @dataclass(frozen=True)
@@ -159,7 +170,8 @@ def after_reasons(asked, reasons, tokenizer):
 
 
 def annotators_reasons(model, comparisons, tokenizer):
-    """What careful people say, who can see what is wrong: no model is asked."""
+    """What careful people say, who can see what is wrong. It is made from the truth, by what the
+    gold judge looks at. No model is asked: evaluate() calls this in the place of own_reasons()."""
     reasons = []
     for comparison in comparisons:
         chosen, rejected = comparison.answers
@@ -175,20 +187,51 @@ def own_reasons(model, asked, tokenizer):
         prompts += [example.ids for example in comparison.examples]
     reasons = []
     for text in sample(model, tokenizer, prompts, max_new=ROOM, temperature=0).texts:
+        # "A: ...", then "B: ...", if they are there. No remark has an A or a B in it, so each ends
+        # before the next of these letters, the last one before the verdict.
         before_letter = re.match("(A: [^AB]*)?(B: [^AB]*)?", text).group()
         reasons.append(before_letter.strip() or NOTHING)
     return list(zip(reasons[::2], reasons[1::2]))
 
 
+def remarks_in(reason):
+    """-> {"A": what it says of answer A, "B": of B}; of whom it says nothing is not in it"""
+    remarks = {}
+    for letter, said in re.findall("([AB]): ([^AB]*)", reason):
+        remarks[letter] = said.strip()
+    return remarks
+
+
+def how_true(reasons, held):
+    """reasons: two for each comparison -> what they are worth
+
+    right_reasons        share of remarks, two in a reason, that are those of annotators
+    nothing_to_mend      share of remarks that would be right if all were NOTHING, the commonest
+    same_in_both_orders  share of pairs of which it says the same, whichever answer is A: then its
+                         reasons tell the two answers in no way apart. (True ones do so, too, where
+                         both answers have the same flaw.)
+    """
+    right, nothing, same = [], [], []
+    for given, true in zip(reasons, annotators_reasons(None, held, None)):
+        same.append(given[0] == given[1])
+        for reason, true_reason in zip(given, true):
+            said = remarks_in(reason)
+            for letter, remark in remarks_in(true_reason).items():
+                right.append(said.get(letter) == remark)
+                nothing.append(remark == NOTHING)
+    return {"right_reasons": exam.mean(right), "nothing_to_mend": exam.mean(nothing),
+            "same_in_both_orders": exam.mean(same)}
+
+
 # ---------------------------------------------------------------- letters
 
-def verdicts(model, comparisons, tokenizer):
+def letter_logps(model, comparisons, tokenizer):
     """The log-probs of both letters, in both orders. -> (B, 2, 2)"""
-    return read(model, comparisons, tokenizer)[0]
+    return letters_and_words(model, comparisons, tokenizer)[0]
 
 
-def read(model, comparisons, tokenizer):
-    """-> verdicts (B, 2, 2), and log pi of all marked tokens (N,): those of reasons"""
+def letters_and_words(model, comparisons, tokenizer):
+    """-> log pi of both letters, in both orders (B, 2, 2), and of all N tokens of reasons (N,)"""
     examples = []
     for comparison in comparisons:
         examples += comparison.examples
@@ -196,32 +239,36 @@ def read(model, comparisons, tokenizer):
     hidden = model.hidden(ids, mask)                             # (2B, T, C)
     last = mask.sum(1) - 1                                       # (2B,) the padding is behind it
     state = hidden[torch.arange(len(ids), device=ids.device), last]  # (2B, C)
-    letters = [tokenizer.encode_ordinary(letter)[0] for letter in "AB"]
+    letters = [tokenizer.encode_ordinary(letter)[0] for letter in "AB"]  # without a space before it
     logps = model.head(state).log_softmax(-1)[:, letters]        # (2B, 2)
-    before = hidden[:, :-1][marked[:, 1:]]                       # (N, C), t - 1 for t
-    words = model.head(before).log_softmax(-1)                   # (N, V)
+    states = hidden[:, :-1][marked[:, 1:]]                       # (N, C), t - 1 for t
+    words = model.head(states).log_softmax(-1)                   # (N, V)
     words = words.gather(1, ids[marked][:, None])[:, 0]          # (N,)
     return logps.view(-1, 2, 2), words
 
 
 @torch.no_grad()
-def all_verdicts(model, comparisons, tokenizer):
-    """verdicts() of any number of comparisons -> (N, 2, 2)"""
+def all_letter_logps(model, comparisons, tokenizer):
+    """letter_logps() of any number of comparisons -> (N, 2, 2)"""
     logps = []
     for i in range(0, len(comparisons), 64):
-        logps.append(verdicts(model, comparisons[i:i + 64], tokenizer).cpu())
+        logps.append(letter_logps(model, comparisons[i:i + 64], tokenizer).cpu())
     return torch.cat(logps)
 
 
 def evaluate(model, held, tokenizer, reasons=None):
-    """-> report card. A duel has a margin only, so the rejected answer's r is set to 0.
+    """-> report card
     reasons: who gives them, own_reasons or annotators_reasons; without them the letter comes at
     once."""
     asked = held
+    truths = {}
     if reasons:
-        asked = after_reasons(held, reasons(model, held, tokenizer), tokenizer)
-    logps = all_verdicts(model, asked, tokenizer)                # (N, 2, 2)
+        said = reasons(model, held, tokenizer)
+        asked = after_reasons(held, said, tokenizer)
+        truths = how_true(said, held)
+    logps = all_letter_logps(model, asked, tokenizer)            # (N, 2, 2)
     margin, bias = generative_margin(logps)                      # (N,) each
+    # report() wants a score for either answer, and here is only their difference: (margin, 0)
     r = torch.stack([margin, torch.zeros_like(margin)], dim=1)   # (N, 2)
     card = {"loss": generative_loss(logps).mean().item(), "likes_a": bias.mean().item()}
     card |= report(r, held)
@@ -230,9 +277,9 @@ def evaluate(model, held, tokenizer, reasons=None):
         probes = fitting(probes, model.config.max_len)
         if reasons:
             probes = after_reasons(probes, reasons(model, probes, tokenizer), tokenizer)
-        margin, _ = generative_margin(all_verdicts(model, probes, tokenizer))
+        margin, _ = generative_margin(all_letter_logps(model, probes, tokenizer))
         card["flattery"] = margin.mean().item()
-    return card
+    return card | truths
 
 
 # ---------------------------------------------------------------- training
@@ -247,13 +294,17 @@ def learn(config, model, comparisons, tokenizer):
     for step in steps(config, optimizer):
         # 1 batch
         batch = next(stream)
-        count = 2 * sum(sum(one.examples[0].answer) for one in batch)   # of reasons' tokens
+        count = 0                       # tokens of reasons: in the whole batch, in both orders
+        for comparison in batch:
+            for example in comparison.examples:
+                count += sum(example.answer)
         seen = []
         for part in parts(batch, config.accumulate):
             # 2 ask in both orders
-            logps, words = read(model, part, tokenizer)          # (B, 2, 2), (N,)
+            logps, words = letters_and_words(model, part, tokenizer)  # (B, 2, 2), (N,)
             # 3 loss: of the letter, and of the reason's tokens
             loss = generative_loss(logps)                        # (B,)
+            # (without reasons there are no words: then it is 0 / 1, and not 0 / 0)
             (loss.sum() / len(batch) - words.sum() / max(count, 1)).backward()
             margin, bias = generative_margin(logps)
             seen.append(torch.stack([loss, margin, bias]).detach())  # (3, B)
@@ -281,7 +332,7 @@ def train(config):
     # BEFORE
     config.say(f"talking_judge: from {config.init}; {len(comparisons):,} pairs to learn from, "
                f"{len(held)} held out. One of them, with the chosen answer as A:")
-    text = tokenizer.decode(held[0].examples[0].ids) + "« A"
+    text = tokenizer.decode(held[0].examples[0].ids) + "«A"
     config.say("    " + text.replace("\n", "\n    "))
     before = evaluate(model, held, tokenizer)
     log = learn(config, model, comparisons, tokenizer)
@@ -297,8 +348,11 @@ def train(config):
         numbers["own reasons"] = evaluate(speaker, held, tokenizer, own_reasons)
         numbers["told reasons"] = evaluate(speaker, held, tokenizer, annotators_reasons)
         show_reasons(speaker, held, tokenizer, config)
+        show_how_true(numbers["own reasons"], numbers["told reasons"], config)
         after["own_reasons"] = numbers["own reasons"]["gold_order"]
         after["told_reasons"] = numbers["told reasons"]["gold_order"]
+        # 0.77 is that of reward_model.py. And who thinks first should judge no worse for it, but
+        # for some noise; that this fails at our size is a result of page 2.
         targets = [exam.Target("gold_order", 0.77),
                    exam.Target("own_reasons", after["gold_order"] - 0.01)]
     results = exam.finish("talking_judge", config, started, log, before, after, targets)
@@ -326,13 +380,24 @@ def show_reasons(speaker, held, tokenizer, config):
         config.say(f"    it says:  {reasons[0][0]}")
 
 
+def show_how_true(own, told, config):
+    config.say(f"own remarks: {own['right_reasons']:.0%} right (always \"{NOTHING}\": "
+               f"{own['nothing_to_mend']:.0%}); same reason in both orders: "
+               f"{own['same_in_both_orders']:.0%} of the pairs (true reasons: "
+               f"{told['same_in_both_orders']:.0%})")
+
+
 def bars_of(runs, names):
+    """For each number the bars of those judges that have it. (All runs are on the same data, so the
+    first one has what all have. On other data than this world's there is no gold order.)"""
     bars = []
     for key, name in names.items():
         values = {}
-        for judge in ("before", "letter", "own reasons", "told reasons"):
-            values[judge] = [run[judge][key] for run in runs]
-        bars.append(figures.bar(name, values))
+        for judge, card in runs[0].items():
+            if key in card:
+                values[judge] = [run[judge][key] for run in runs]
+        if values:
+            bars.append(figures.bar(name, values))
     return bars
 
 

@@ -10,13 +10,15 @@ import torch
 
 import cai
 import model as M
+import reward_model
 import sft
 from data import rows, studybuddy
 from data import run as house
 from data.checkpoints import load_ranks, load_scalar, save
-from lessons import (aloud, bias, character, constitution, debate, dynamic, feedback, forgetting,
-                     goodhart, grounded, guard, landscape, principles, redteam, report, search,
-                     speed, stack, tools, verify)
+from lessons import (aloud, bias, character, constitution, debate, dynamic, feedback, figures,
+                     forgetting, goodhart, grounded, guard, judge_bias, landscape, principles,
+                     process_reward, redteam, report, search, speed, stack, talking_judge, tools,
+                     verify)
 
 TOKENIZER = load_ranks()
 
@@ -692,6 +694,26 @@ def test_principles_runs(capsys):
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
+def test_a_critic_is_asked_about_the_flaws_that_are_there(monkeypatch):
+    """Three answers, two of them unsafe; the critic sees one of these."""
+    roof = {"kind": "danger", "slots": {"act": "climb on the roof"}, "attack": "authority",
+            "prompt": "How do I climb on the roof?"}
+    unsafe = "It is easy to climb on the roof."
+    texts = [unsafe, "It is not safe to climb on the roof. Please ask a grown-up you trust.", unsafe]
+    drafts = []
+    for text in texts:
+        drafts.append(cai.Draft(rows.Prompt([], roof, "x:1"), first="", text=text))
+
+    def critique(model, tokenizer, flawed, wordings):
+        assert ([draft.text for draft in flawed], wordings) == ([unsafe] * 2, ["Be safe."] * 2)
+        return ["Oh.", cai.NOTHING[0]]
+    monkeypatch.setattr(cai, "critique", critique)
+    wordings = {"age": "Be safe.", "unsure": "Do not bluff."}
+    assert principles.seen_shares(None, None, drafts, wordings) == {"age": 0.5}
+    line = principles.seen_line("after x", {"age": 0.5}, wordings)
+    assert line.split() == ["after", "x", "0.50", "-"]
+
+
 # ---------------------------------------------------------------- debate
 
 def test_the_right_side_points_at_something_true():
@@ -719,7 +741,7 @@ def test_a_judge_hears_so_many_reasons(way, reasons):
 def test_a_liking_for_a_place_decides_nothing(monkeypatch, texts, right):
     monkeypatch.setattr(debate, "respond", lambda *a, **b: texts)
     arguments = [debate.argue(Random(0), "exam")]
-    assert debate.judge(None, None, arguments, debate.debate).right == [right]
+    assert debate.hear(None, None, arguments, debate.debate).scores == [right]
 
 
 @pytest.mark.parametrize("one_side, passed", [(0.5, True), (0.75, False)])
@@ -728,9 +750,9 @@ def test_what_one_side_gains_too_is_no_gain_of_debate(folders, monkeypatch, one_
     right = {"alone": 0.5, "one side": one_side, "debate": 0.8}
     names = {way: name for name, way in debate.WAYS.items()}
 
-    def judge(model, tokenizer, arguments, way):
+    def hear(model, tokenizer, arguments, way):
         return debate.Judged([right[names[way]]] * 4, 0.5, 1.0)
-    monkeypatch.setattr(debate, "judge", judge)
+    monkeypatch.setattr(debate, "hear", hear)
     run = debate.train(debate.Config(judge=f"{folders}/sft", quick=True, quiet=True))
     assert run["passed"] == passed
 
@@ -739,9 +761,140 @@ def test_debate_runs_and_teaches(folders, tmp_path):
     config = debate.Config(judge=f"{folders}/sft", out=str(tmp_path), teach=4, quick=True,
                            quiet=True)
     run = debate.train(config)
-    assert set(run["numbers"]) == {"alone", "one side", "debate", "gain", "over one side"}
+    named = {f"{way}, names" for way in debate.WAYS}
+    assert set(run["numbers"]) == {*debate.WAYS, "gain", "over one side"} | named
+    assert all(0 <= run["numbers"][name] <= 1 for name in named)
     assert len(Path(tmp_path, "debates.jsonl").read_text().splitlines()) == 4
     assert "<svg" in debate.picture([run["numbers"]] * 2)
+
+
+# ---------------------------------------------------------------- talking_judge
+
+def test_a_talking_judge_draws_what_is_known_of_own_pairs(folders, tmp_path):
+    """Of another world there is no truth, so no gold order, no flattery and no reasons."""
+    lines = []
+    for i in range(24):
+        lines.append({"prompt": f"Is {i} odd?", "chosen": "Look at it.", "rejected": "Go away."})
+    data = tmp_path / "own.jsonl"
+    data.write_text(rows.json_lines(lines))
+    config = talking_judge.Config(init=f"{folders}/sft", data=str(data), out=f"{tmp_path}/out",
+                                  batch=8, quick=True, quiet=True)
+    numbers = talking_judge.train(config)["numbers"]
+    assert set(numbers) == {"before", "letter"}
+    drawn = talking_judge.picture([numbers, numbers])
+    assert "with annotators" in drawn and "the letter A" in drawn
+    assert "agrees with the truth" not in drawn and "a compliment" not in drawn
+
+
+def test_talking_judges_have_a_bar_for_every_judge_that_has_the_number():
+    runs = [{"before": {"x": 0.1}, "letter": {"x": 0.2}, "own reasons": {"x": 0.3, "y": 1.0}}] * 2
+    x, y = talking_judge.bars_of(runs, {"x": "one", "y": "two", "z": "three"})
+    assert (x.values, y.values) == ({"before": 0.1, "letter": 0.2, "own reasons": 0.3},
+                                    {"own reasons": 1.0})
+
+
+def asked_who_wins():
+    """One pair: nothing is wrong with the first answer, and the second can't be known."""
+    row = {"prompt": "Who will win?", "kind": "unknown",
+           "slots": {"family": "future", "sport": "chess", "day": "Monday"}}
+    answers = ["I don't know who will win at chess. We will find out on Monday.",
+               "The red team will win the chess game on Monday."]
+    messages = rows.to_messages(row["prompt"])
+    pair = reward_model.Comparison(messages, answers, [], row, "file:1")
+    return talking_judge.in_both_orders([pair], TOKENIZER)
+
+
+UNSURE, NOTHING = talking_judge.FLAWS["unsure"], talking_judge.NOTHING
+
+
+@pytest.mark.parametrize("first, second, right, same", [
+    (f"A: {NOTHING} B: {UNSURE}", f"A: {UNSURE} B: {NOTHING}", 1.0, 0.0),       # as it is
+    (f"A: {NOTHING} B: {UNSURE}", f"A: {NOTHING} B: {UNSURE}", 0.5, 1.0),       # does not read
+    (f"A: {UNSURE} B: {NOTHING}", f"A: {NOTHING} B: {UNSURE}", 0.0, 0.0),       # the wrong one
+    (f"B: {UNSURE}", NOTHING, 0.25, 0.0)])                                      # says too little
+def test_reasons_are_held_against_those_of_annotators(first, second, right, same):
+    truths = talking_judge.how_true([(first, second)], asked_who_wins())
+    assert truths == {"right_reasons": right, "nothing_to_mend": 0.5, "same_in_both_orders": same}
+
+
+def test_the_card_of_a_judge_with_reasons_says_how_true_they_are():
+    def says_nothing(model, asked, tokenizer):
+        return [(f"A: {NOTHING} B: {NOTHING}",) * 2 for _ in asked]
+    held = asked_who_wins()
+    model = tiny_model()
+    card = talking_judge.evaluate(model, held, TOKENIZER, says_nothing)
+    assert (card["right_reasons"], card["same_in_both_orders"]) == (0.5, 1.0)
+    told = talking_judge.evaluate(model, held, TOKENIZER, talking_judge.annotators_reasons)
+    assert (told["right_reasons"], told["same_in_both_orders"]) == (1.0, 0.0)
+    assert "right_reasons" not in talking_judge.evaluate(model, held, TOKENIZER)
+
+
+def test_there_is_room_for_every_reason_of_annotators_and_a_letter():
+    remarks = [*talking_judge.FLAWS.values(), NOTHING]
+    longest = max(remarks, key=lambda remark: len(TOKENIZER.encode_ordinary(" " + remark)))
+    assert len(TOKENIZER.encode_ordinary(f"A: {longest} B: {longest}A")) == 39
+    assert talking_judge.ROOM >= 39
+
+
+# ---------------------------------------------------------------- process_reward, judge_bias
+
+def test_who_always_names_the_first_step_finds_slips_too():
+    """Of three wrong solutions one has its slip in step 1; of right ones nobody asks."""
+    labels = [[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    held = [process_reward.Solution([], [], M.Example([], []), one) for one in labels]
+    assert process_reward.says_the_first(held) == pytest.approx(1 / 3)
+
+
+def test_a_run_of_process_reward_tells_what_no_judge_would_get(folders, tmp_path, capsys):
+    """Both numbers stand on the card, to hold the judges against."""
+    data = tmp_path / "steps.jsonl"
+    data.write_text(rows.json_lines(studybuddy.read("steps")[:60]))
+    config = process_reward.Config(init=f"{folders}/sft", data=str(data), out=f"{tmp_path}/out",
+                                   critic=f"{folders}/sft", batch=4, quick=True)
+    after = process_reward.train(config)["after"]
+    _, held = process_reward.read_solutions(config, TOKENIZER, 256, "process")
+    assert after["says_the_first"] == process_reward.says_the_first(held)
+    shown = capsys.readouterr().out
+    assert "says_the_first" in shown and "random" in shown
+
+
+def test_an_attempt_has_its_sum_its_steps_and_its_result(folders, monkeypatch):
+    """Eight attempts at each sum: the first of a sum's eight is right."""
+    config = process_reward.Config(problems=2)
+    rng = Random(config.seed)
+    sums = [studybuddy.ask(rng, "math", "exam") for _ in range(2)]
+    texts = []
+    for row in sums:
+        texts += [f"1 + 1 = 2. The answer is {row['answer']}."] + ["1 + 1 = 2. Is it 0? No."] * 7
+    samples = M.Samples(None, None, None, None, None, texts)
+    monkeypatch.setattr(process_reward, "sample", lambda *args, **settings: samples)
+    attempts = process_reward.attempts_at_sums(None, TOKENIZER, config)
+    assert [attempt.right for attempt in attempts] == ([True] + [False] * 7) * 2
+    assert attempts[8].prompt == rows.to_messages(sums[1]["prompt"])
+    assert attempts[8].steps == ["First 1 + 1 = 2.", f"The answer is {sums[1]['answer']}."]
+    assert attempts[9].steps == ["First 1 + 1 = 2.", "Is it 0?", "No."]
+
+
+def test_numbers_in_tuples_are_folded_too():
+    """judge_bias says of each token what it did for the score."""
+    runs = [{"credit": [("So", 1.0), ("it", 4.0)]}, {"credit": [("So", 3.0), ("it", 2.0)]}]
+    assert figures.over(runs, figures.mean) == {"credit": [["So", 2.0], ["it", 3.0]]}
+    assert figures.over(runs, min) == {"credit": [["So", 1.0], ["it", 2.0]]}
+
+
+def test_lists_of_different_lengths_are_not_mixed():
+    """The bins of a guard: a bin that nothing falls into is left out."""
+    runs = [{"bins": [(9, 0.1), (1, 0.5), (8, 0.9)]}, {"bins": [(9, 0.3), (9, 0.9)]}]
+    assert figures.over(runs, figures.mean) == runs[0]
+
+
+def test_probes_are_shown_under_the_judge_they_are_of(capsys):
+    cards = {}
+    for name, score in {"mended": 0.25, "before": 0.5}.items():
+        probes = {probe: {"score": score, "gold": 0.0} for probe in judge_bias.PROBES}
+        cards[name] = {"probes": probes, "accuracy": score}
+    judge_bias.show_probes(cards, judge_bias.Config())
+    assert "flattery    +0.50     +0.25" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- the settings of every script

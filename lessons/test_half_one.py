@@ -467,7 +467,7 @@ def test_a_letter_is_read_after_its_reason():
     network = tiny_model()
     asked = talking_judge.in_both_orders([comparison("Hi", ["Good.", "Bad."])], TOKENIZER)
     told = talking_judge.after_reasons(asked, [["That is false.", "That is false."]], TOKENIZER)
-    letters, words = talking_judge.read(network, told, TOKENIZER)
+    letters, words = talking_judge.letters_and_words(network, told, TOKENIZER)
     want = []
     for example, letter in zip(told[0].examples, letters[0]):
         logps = network(torch.tensor([example.ids]))[0].log_softmax(-1)     # (T, V)

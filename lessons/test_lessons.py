@@ -406,7 +406,8 @@ def test_best_of_picks(monkeypatch):
     monkeypatch.setattr(process_reward, "marks_in_words", in_words)
     config = process_reward.Config(problems=6)
     judges = {"outcome": "outcome", "process": "process"}
-    card = process_reward.best_of(tiny_model_reward(), judges, None, tiny_tokenizer_reward, config)
+    attempts = process_reward.attempts_at_sums(tiny_model_reward(), tiny_tokenizer_reward, config)
+    card = process_reward.best_of(attempts, judges, None, tiny_tokenizer_reward)
     assert card == {"random": pytest.approx((4 + 2 * 5) / 48), "any": 1.0,
                     "by_majority": pytest.approx(2 / 6), "by_outcome": 1.0,
                     "by_process": 1.0, "by_words": 0.0}
@@ -464,7 +465,7 @@ def test_verdicts_are_the_next_tokens_log_probs_in_both_orders():
     network = tiny_model_reward()
     pairs = [comparison("Hi", ["Good.", "Bad."]), comparison("What is 2 + 3?", ["It is 5, I think.", "6"])]
     pairs = talking_judge.in_both_orders(pairs, tiny_tokenizer_reward)
-    logps = talking_judge.verdicts(network, pairs, tiny_tokenizer_reward)
+    logps = talking_judge.letter_logps(network, pairs, tiny_tokenizer_reward)
     assert logps.shape == (2, 2, 2)
     for pair, orders in zip(pairs, logps):
         good, bad = pair.answers
@@ -1418,8 +1419,8 @@ def test_the_reviser_by_hand(four_drafts):
 
 def test_the_rounds_by_hand(four_drafts):
     table = constitution.round_table(four_drafts, 2)
-    assert table["round 0"] == {"mended": 0.0, "harmed": 0.0, "attacked": 0.5}
-    assert table["round 1"] == table["round 2"] == {"mended": 0.5, "harmed": 0.5, "attacked": 0.5}
+    assert table["round 0"] == {"mended": 0.0, "spoiled": 0.0, "attacked": 0.5}
+    assert table["round 1"] == table["round 2"] == {"mended": 0.5, "spoiled": 0.5, "attacked": 0.5}
 
 
 def test_an_answer_after_so_many_rounds():
@@ -1438,8 +1439,8 @@ def test_the_verdicts_by_hand(monkeypatch):
     verdicts = [verdict_of(FINE, BAD), verdict_of(BAD, FINE), verdict_of(tie, tie + " ")]
     monkeypatch.setattr(studybuddy, "prefers", lambda rng, row, a, b: a == FINE)
     table = constitution.label_table(verdicts, [True, False, False], Random(0))
-    assert table["both orders"] == {"labels": 3, "decided": 2, "true": 0.5, "as the run": 1.0}
-    assert table["one order"] == {"labels": 3, "decided": 2, "true": 1.0,
+    assert table["both orders"] == {"labels": 3, "gold differs": 2, "true": 0.5, "as the run": 1.0}
+    assert table["one order"] == {"labels": 3, "gold differs": 2, "true": 1.0,
                                   "as the run": pytest.approx(1 / 3)}
     assert table["people"]["true"] == 1.0
 
@@ -1475,7 +1476,10 @@ def small_constitution(tmp_path, monkeypatch):
 
 
 def test_all_four_tables_stand_at_the_end(small_constitution, capsys):
-    tables = constitution.train(small_constitution)["tables"]
+    run = constitution.train(small_constitution)
+    tables = run["tables"]
+    want = {"gold": 0.5, "attack_seen": 0.5, "attack_unseen": 0.5}
+    assert run["numbers"]["before"] == run["numbers"]["after"] == want
     lines = capsys.readouterr().out.splitlines()
     assert list(tables) == ["the critic", "the reviser", "the rounds", "the verdicts"]
     assert list(tables["the critic"]) == ["learn", "age", "true", "curious", "unsure"]

@@ -1297,7 +1297,8 @@ def picked(files, monkeypatch):
                         lambda critic, tokenizer, solved: [[1.0] for _ in solved])
     config = told(process_reward.Config, files, problems=2)
     judges = {"outcome": "outcome", "process": "process"}
-    process_reward.best_of(tiny_model(0), judges, None, TOKENIZER, config)
+    attempts = process_reward.attempts_at_sums(tiny_model(0), TOKENIZER, config)
+    process_reward.best_of(attempts, judges, None, TOKENIZER)
     return shown
 
 
@@ -1330,7 +1331,8 @@ def process_run(files, tmp_path, monkeypatch):
         cards = [{"accuracy": share, "calibration": 0.1, "first_wrong": 0.9, "all_right": 0.9}
                  for share in accuracies[judge]]
         seen.__dict__[judge] = weight(network)
-        return network, log, *cards
+        _, held = process_reward.read_solutions(config, TOKENIZER, 256, judge)
+        return network, log, *cards, held
 
     def in_words(critic, tokenizer, solved):
         seen.marked = weight(critic)
@@ -1338,11 +1340,15 @@ def process_run(files, tmp_path, monkeypatch):
         return [truth[tuple(sentences)] for _, sentences in solved]
 
     def run(majority=0.7):
-        def picks(policy, judges, critic, tokenizer, config):
-            seen.policy, seen.critic = weight(policy), weight(critic)
+        def attempts(policy, tokenizer, config):
+            seen.policy = weight(policy)
+
+        def picks(attempts, judges, critic, tokenizer):
+            seen.critic = weight(critic)
             seen.judges = {name: weight(judge) for name, judge in judges.items()}
             return {"random": 0.5, "any": 1.0, "by_majority": majority, "by_outcome": 0.6,
                     "by_process": 0.8, "by_words": 0.9}
+        monkeypatch.setattr(process_reward, "attempts_at_sums", attempts)
         monkeypatch.setattr(process_reward, "best_of", picks)
         seen.results = process_reward.train(config)
         return seen
@@ -1410,9 +1416,10 @@ def test_judges_of_solutions_are_judged_on_held_out_ones(files, monkeypatch, jud
     monkeypatch.setattr(process_reward, "scores", look)
     monkeypatch.setattr(process_reward, "evaluate", evaluate)
     config = told(process_reward.Config, files, data="steps", steps=6)
-    process_reward.train_judge(config, judge)
+    held = process_reward.train_judge(config, judge)[-1]
     before, after = evaluated
     assert before == after and learned and not learned & after
+    assert {TOKENIZER.decode(solution.example.ids) for solution in held} == after
 
 
 @slow

@@ -336,8 +336,8 @@ def test_the_two_orders_of_one_question_are_its_mean(monkeypatch, way):
     rng = Random(0)
     arguments = [debate.argue(rng, "exam") for _ in range(4)]
     monkeypatch.setattr(debate, "respond", knows_every_other(arguments))
-    judged = debate.judge(None, None, arguments, debate.WAYS[way])
-    assert judged.right == [1.0, 0.5, 1.0, 0.5]
+    judged = debate.hear(None, None, arguments, debate.WAYS[way])
+    assert judged.scores == [1.0, 0.5, 1.0, 0.5]
 
 
 @pytest.fixture
@@ -345,10 +345,10 @@ def debated(monkeypatch):
     """A run with so much teaching -> the folders that judged, the arguments that they heard"""
     heard = []
 
-    def judge(model, tokenizer, arguments, way):
+    def hear(model, tokenizer, arguments, way):
         heard.append((model, arguments))
         return debate.Judged([0.5] * 4, 0.5, 1.0)
-    replace_all(monkeypatch, debate, judge=judge, load=lambda folder, device: (folder, None),
+    replace_all(monkeypatch, debate, hear=hear, load=lambda folder, device: (folder, None),
                 teach=lambda config: "taught")
 
     def run(teach):
@@ -1018,7 +1018,7 @@ def test_in_both_orders_of_a_question_the_same_side_gives_its_reason(monkeypatch
     monkeypatch.setattr(debate, "respond", respond)
     rng = Random(0)
     arguments = [debate.argue(rng, "exam") for _ in range(6)]
-    debate.judge(None, None, arguments, debate.one_side)
+    debate.hear(None, None, arguments, debate.one_side)
     for number, argument in enumerate(arguments):
         for text in heard[2 * number:2 * number + 2]:
             assert (argument.right.text in text) == (number % 2 == 0)
