@@ -60,8 +60,10 @@ class Config(figures.Lesson):
     steps: int = 200          # optimiser steps, for each of the two judges
     held: int = 6             # one prompt in so many is held out
     problems: int = 150       # sums of which 8 solutions are sampled
+    temperature: float = 1.3  # of these: at 1 nearly all are right, and there is nothing to pick
 
-    limits = figures.Lesson.limits | {"held": (2, 10**9), "problems": (1, 10**6)}
+    limits = figures.Lesson.limits | {"held": (2, 10**9), "problems": (1, 10**6),
+                                      "temperature": (0.01, 100)}
 
 
 class Solution(NamedTuple):
@@ -221,7 +223,8 @@ def attempts_at_sums(policy, tokenizer, config):
         start = render_prompt(tokenizer, rows.to_messages(row["prompt"]))
         starts.append(start + tokenizer.encode_ordinary("First"))
     generator = torch.Generator().manual_seed(config.seed)
-    texts = sample(policy, tokenizer, starts, n=K, generator=generator).texts  # P * K
+    texts = sample(policy, tokenizer, starts, n=K, temperature=config.temperature,
+                   generator=generator).texts                    # P * K
     attempts = []
     for i, text in enumerate(texts):
         row = sums[i // K]
