@@ -357,6 +357,7 @@ def train(config):
     answers, marks, wording = {}, {}, {}
     for folder in folders:
         need(folder, "python sft.py", 20)
+        need(folder, "python dpo.py", 60)
         model, tokenizer = load(folder, config.device)
         _, answers[folder] = exam.exam(model, tokenizer, seed=config.seed, rows=rows)
         marks[folder] = measure(answers[folder])
