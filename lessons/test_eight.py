@@ -951,3 +951,16 @@ def test_scripts_are_timed_in_the_numbers_of_the_run(monkeypatch):
     monkeypatch.setattr(sft, "train", train)
     speed.time_script(sft, speed.Config(steps=2, bf16=True))
     assert (told[0].steps, told[0].bf16) == (2, True)
+
+
+def test_report_makes_the_models_that_it_compares(monkeypatch):
+    """On a fresh clone --against out/dpo has no folder yet."""
+    asked = []
+
+    def no_model(folder, device):
+        raise M.UserError("enough")
+    monkeypatch.setattr(report, "need", lambda folder, command, seconds: asked.append(command))
+    monkeypatch.setattr(report, "load", no_model)
+    with pytest.raises(M.UserError, match="enough"):
+        report.train(report.Config(against="out/dpo", quiet=True))
+    assert asked == ["python sft.py", "python dpo.py"]
