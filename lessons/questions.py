@@ -229,8 +229,8 @@ def loss_stays(init):
     names = "step loss accuracy chosen rejected"
     logs = []
     for script in (limited, dpo):
-        config = script.Config(init=init, data=data, steps=8, batch=16, save=False, quiet=True)
-        logs.append(few(script.train(config)["log"], names, 4))
+        config = script.Config(init=init, data=data, steps=20, batch=16, save=False, quiet=True)
+        logs.append(few(script.train(config)["log"], names))
     return table(logs[0], "loss", "chosen", "rejected"), table(logs[1])
 
 
@@ -490,12 +490,12 @@ def form_and_truth(truth, text, ended):
 def longer_and_longer(init):
     """1/|o| divides what a wrong answer loses by its length: each token of a long one is hardly
     pushed down. So of the wrong answers the long ones survive, and the mean length rises, though
-    length earns nothing here. In DPO a sum over tokens does it: a longer answer has more of them
-    to gain a lead with."""
+    length earns nothing here. (Later, when the right answer has won, it falls.) In DPO a sum over
+    tokens does it: a longer answer has more of them to gain a lead with."""
     tables = []
     for weights in (grpo.per_answer, grpo.constant):
         log = guess_or_ramble(weights)
-        tables.append(few(log, "step length right guess ramble"))
+        tables.append(few(log[:15], "step length right guess ramble"))
     return table(tables[0], "length", "ramble"), table(tables[1])
 
 
@@ -608,21 +608,23 @@ def climber(script, init, **settings):
 
 
 def all_the_same(init):
-    """Nothing but the score is paid for, and one answer has the highest: the best policy says it
-    always, to everybody. That is no failure of the optimiser: it is what was asked for. With a
-    price on distance the best policy is ref exp(score / beta), which keeps what ref can say."""
+    """Nothing but the score is paid for, here 1 for whatever begins with "I can't": the best policy
+    says that always, to everybody. It is no failure of the optimiser: it is what was asked for.
+    With a price on distance the best policy is ref exp(score / beta), which keeps what ref can say.
+    `openings` counts different first words, three of each answer, as a share."""
     tables = []
     for beta in (0.0, 0.3):
-        texts = []
+        openings = []
 
         def score(prompts, answers):
-            texts.append(len(set(answers)) / len(answers))
-            return brevity(prompts, answers)
+            begun = {" ".join(answer.split()[:3]) for answer in answers}
+            openings.append(len(begun) / len(answers))
+            return [float(answer.startswith("I can't")) for answer in answers]
         log = ppo.train(climber(ppo, init, beta=beta, steps=30), score)["log"]
-        for row, different in zip(log, texts[1:]):              # the first were the held-out ones
-            row["different"] = different
-        tables.append(few(log, "step score kl entropy different"))
-    return table(tables[0], "different"), table(tables[1])
+        for row, different in zip(log, openings[1:]):           # the first were the held-out ones
+            row["openings"] = different
+        tables.append(few(log, "step score kl openings"))
+    return table(tables[0], "openings"), table(tables[1])
 
 
 def entropy_runs(init):
@@ -743,7 +745,7 @@ def batch_differs(init):
     count it. Answers that differ in the sixth digit of a log-prob (in bfloat16 in the third) are
     rounding, and harmless: now and then a greedy answer turns at such a tie."""
     policy, tokenizer = load(init)
-    looks = planted("model.py", ("if mask[:, 0].all() and T in (1, S):", "if T in (1, S):"))
+    looks = planted("model.py", ("= mask[:, 0].all()", "= True"))
     wrong = looks.Transformer(policy.config)
     wrong.load_state_dict(policy.state_dict())
     questions = ["Hi!", "What is 2 + 3?", "Can you tell me a nice story about a dog, please?"]
