@@ -507,6 +507,7 @@ class Chain:
     """A model that has one token to say after each: it knows the letter that follows a letter."""
     config = M.ModelConfig(TOKENIZER.n_vocab)
     embed = torch.nn.Embedding(2, 1)
+    sure = 100.0
 
     def hidden(self, ids, mask, cache):
         return ids[..., None].float()                           # (B, T, 1)
@@ -514,7 +515,7 @@ class Chain:
     def head(self, state):
         letters = TOKENIZER.decode(state[:, 0].long().tolist())
         following = tokens_of([NEXT[letter] for letter in letters.replace(M.END, ".")])
-        return 100.0 * F.one_hot(torch.tensor(following), TOKENIZER.n_vocab)
+        return self.sure * F.one_hot(torch.tensor(following), TOKENIZER.n_vocab)
 
 
 NEXT = dict(zip("abcd.xy", "bc..xyx"))
@@ -540,6 +541,16 @@ def test_an_answer_by_hand():
     assert bits(s.answer) == ["001110", "010000", "001111"]
     assert s.ids[0].tolist() == tokens_of("xabc.") + [M.special(TOKENIZER, M.PAD)]
     assert (s.logps == 0).all()                                 # each was certain
+
+
+def test_what_is_drawn_behind_an_end_has_no_log_prob():
+    """One row in four has ended, so it is not dropped yet, and goes on behind its end."""
+    chain = Chain()
+    chain.sure = 3.0
+    s = M.sample(chain, TOKENIZER, [tokens_of("d")] + 3 * [tokens_of("yy")], max_new=4,
+                 temperature=0)
+    assert bits(s.answer)[:2] == ["010000", "001111"]
+    assert ((s.logps < 0) == s.answer).all()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 256])
