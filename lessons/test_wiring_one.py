@@ -134,6 +134,18 @@ def wrapped(monkeypatch, module, name):
     return calls
 
 
+def weights_given(monkeypatch, module, name):
+    """Keeps the weight of the model that each call begins with, as it is then: it may learn."""
+    function = getattr(module, name)
+    weights = []
+
+    def call(model, *args):
+        weights.append(weight(model))
+        return function(model, *args)
+    monkeypatch.setattr(module, name, call)
+    return weights
+
+
 # ---------------------------------------------------------------- safe
 
 def harms_half(prompts, texts):
@@ -868,13 +880,7 @@ def test_every_setting_of_best_of_changes_what_is_kept(chosen, changes):
 
 @slow
 def test_the_judge_that_was_named_chooses(files, chosen, monkeypatch):
-    asked = []
-    reward = best_of.reward
-
-    def look(judge, *args):
-        asked.append(weight(judge))
-        return reward(judge, *args)
-    monkeypatch.setattr(best_of, "reward", look)
+    asked = weights_given(monkeypatch, best_of, "reward")
     for name in "reward", "reward_1":
         chosen(None, judge=str(files / name))
     assert asked == [weight(load_scalar(files / name)[0]) for name in ("reward", "reward_1")]
@@ -945,12 +951,8 @@ def test_every_setting_of_distill_changes_the_student(files, changes):
 @pytest.fixture
 def distilled(files, exams, tmp_path, monkeypatch):
     """-> run(). The teacher is the model of few words, the student starts from another one."""
-    seen = SimpleNamespace(answered=[], paths=[], taught=[])
-    ask = distill.ask
-
-    def look(model, *args):
-        seen.answered.append(weight(model))
-        return ask(model, *args)
+    answered = weights_given(monkeypatch, distill, "ask")
+    seen = SimpleNamespace(answered=answered, paths=[], taught=[])
 
     def learn_from(path, config, **changes):
         seen.paths.append(path)
@@ -970,7 +972,6 @@ def distilled(files, exams, tmp_path, monkeypatch):
                     "out": str(tmp_path), "max_new": 12}
         seen.results = distill.train(told(distill.Config, files, **settings | changes))
         return seen
-    monkeypatch.setattr(distill, "ask", look)
     monkeypatch.setattr(distill, "learn_from", learn_from)
     monkeypatch.setattr(distill, "learn_distribution", learn_distribution)
     return run
@@ -1088,13 +1089,7 @@ def test_nobody_asks_for_anything_bad_in_the_new_data(files, forgot):
 
 @slow
 def test_old_answers_are_those_of_the_model_before(files, forgot, monkeypatch):
-    asked = []
-    ask = forgetting.ask
-
-    def look(model, *args):
-        asked.append(weight(model))
-        return ask(model, *args)
-    monkeypatch.setattr(forgetting, "ask", look)
+    asked = weights_given(monkeypatch, forgetting, "ask")
     forgot()
     assert asked == [weight_of(files / "short")]
 
