@@ -2574,11 +2574,16 @@ def test_a_run_twice_is_the_same_run(name, home):
     assert first["after"] == again["after"]
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_bf16_leaves_the_weights_in_float32_and_the_loss_about_as_it_was(name, home):
-    run = train(name, home, bf16=True, steps=1)
+def test_bf16_leaves_the_weights_in_float32_and_the_loss_about_as_it_was(name, device, home):
+    run = train(name, home, bf16=True, steps=1, device=device)
     for tensor in run["model"].state_dict().values():
         assert tensor.dtype == torch.float32
+        assert tensor.device.type == device
     if name in ("sft", "reward_model", "dpo"):                  # the others sample
         loss = train(name, home, steps=1)["log"][0]["loss"]
         near(run["log"][0]["loss"], loss, 0.05 + 0.05 * loss)
