@@ -677,17 +677,19 @@ def first_red(number, file):
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home, "copy")
         plant(number, folder)
-        status, output = run_tests(folder, file, tests_of(file))
+        # or comparing the world's files with what it writes would catch everything
+        status, output = run_tests(folder, tests_of(file), write_files=file in WORLD)
     if status > 1:                      # not a test that failed, but tests that do not run
         raise RuntimeError(f"bug {number}: {output[-4000:]}")
     return red_test(output)
 
 
-def run_tests(folder, file, tests, limit=None):
-    """In a copy of the repository where this file was changed: tests, up to the first red one.
-    -> exit status, and what they print; None and "hangs" where they take more than `limit` s"""
+def run_tests(folder, tests, limit=None, write_files=False):
+    """In a copy of the repository: tests, up to the first red one; before them, the world writes
+    its files anew if asked to. -> exit status, and what they print; None and "hangs" where they
+    take more than `limit` s"""
     program = f"{sys.executable} -m pytest -xq -p no:cacheprovider {' '.join(tests)}"
-    if file in WORLD:       # its files are written anew, or comparing them would catch everything
+    if write_files:
         program = f"{sys.executable} -m data.generate; {program}"
     process = subprocess.Popen(program, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"},
                                shell=True, text=True, stdout=subprocess.PIPE,
