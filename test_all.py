@@ -2637,7 +2637,8 @@ if T.house.PROCESSES > 1:
     T.house.meet(T.small(names[0], home))
 for name in names:
     T.SCRIPTS[name].adamw = T.sgd
-    run = T.train(name, home, batch=12 // T.house.PROCESSES, accumulate=2, lora=2, lr=0.3)
+    rates = {"lr": 0.3, "sl_lr": 0.3} if name == "cai" else {"lr": 0.3}
+    run = T.train(name, home, batch=12 // T.house.PROCESSES, accumulate=2, lora=2, **rates)
     model = run["sl"] if name == "cai" else run["model"]
     torch.save(T.weights(model), f"{home}/{name}_{T.house.RANK}_of_{T.house.PROCESSES}")
 """
