@@ -321,7 +321,6 @@ def show_draft(draft, config):
     for principle, complaint, revision in draft.flaws:
         lines += [("principle", principle), ("critique", complaint), ("revision", revision)]
     for name, text in lines:
-        text = " ".join(text.split())
         config.say(textwrap.fill(f"{name:>9}  {text}", 79, subsequent_indent=" " * 11))
 
 

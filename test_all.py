@@ -2323,6 +2323,21 @@ def test_the_teacher_answers_and_judges_and_the_pupil_is_judged(home, monkeypatc
     assert alike(teacher, initial(home))
 
 
+def test_a_run_shows_one_mended_draft_and_one_pair_before_and_after(home, monkeypatch):
+    def improve(teacher, tokenizer, drafts, principles, config, generator):
+        for draft in drafts[1:]:
+            draft.flaws.append(("No mud.", "I see it.", "sun"))
+    monkeypatch.setattr(cai, "improve", improve)
+    drafts = Watch(monkeypatch, cai, "show_draft")
+    pairs = Watch(monkeypatch, cai, "show_loss")
+    run = train("cai", home, answers=2)
+    (draft, _), = drafts.calls
+    assert draft.flaws
+    before, after = pairs.calls
+    assert before[0] is after[0] is run["model"]
+    assert before[2] is after[2]
+
+
 def test_attacks_are_answered_then_others_then_half_and_half(home, monkeypatch):
     answered = Watch(monkeypatch, cai, "own_answers")
     train("cai", home, answers=2)

@@ -807,9 +807,9 @@ def test_merges_as_lists(tmp_path):
 
 
 def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path):
-    vocab = real_vocabulary(tmp_path, lacks=b"\x04\xff")
+    vocab = real_vocabulary(tmp_path, lacks=b"\x00\x04\xff")
     assert spelled(tmp_path, "!\x04!", vocab) == ["!", "!"]
-    assert spelled(tmp_path, "\x04", vocab) == []
+    assert spelled(tmp_path, "\x00\x04", vocab) == []
 
 
 def test_every_id_can_be_decoded(tmp_path):
@@ -1979,6 +1979,18 @@ def test_no_text_covers_another():
         for b, left2, top2, right2, bottom2 in boxes[:i]:
             apart = left >= right2 or left2 >= right or top >= bottom2 or top2 >= bottom
             assert apart, (a, b)
+
+
+def test_a_name_stands_where_nothing_else_does():
+    room = chart_file.Box(0, 0, 300, 200)
+    rng = Random(0)
+    for _ in range(200):
+        taken = [chart_file.text_box(rng.uniform(0, 260), rng.uniform(0, 190), "other", "start") for _ in range(9)]
+        end = chart_file.End(rng.uniform(20, 180), rng.uniform(20, 280), "dpo")
+        x, y, anchor = chart_file.free_place(end, room, taken)
+        place = chart_file.text_box(x, y, "dpo", anchor)
+        assert place.is_within(room)
+        assert not any(place.overlaps(other) for other in taken)
 
 
 def test_names_at_the_right_edge_keep_the_order_of_their_lines():

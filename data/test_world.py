@@ -475,6 +475,13 @@ def test_muon_by_hand():
         assert torch.allclose(p, want, atol=1e-4)
 
 
+def test_muon_takes_a_matrix_that_is_alone_in_its_shape():
+    W = torch.nn.Parameter(torch.zeros(3, 4))
+    W.grad = torch.eye(3, 4)
+    base.Muon([W], lr=1.0).step()
+    assert torch.allclose(W, -0.4 * torch.eye(3, 4), atol=0.15)     # 0.2 sqrt(4), singular values of about 1
+
+
 def test_each_parameter_has_exactly_one_optimizer():
     model = tiny_model()
     owned = []
