@@ -313,6 +313,11 @@ def test_network_equals_a_second_implementation(tie):
     near(model(torch.tensor([row]))[0], logits_by_hand(model, row), 1e-4)
 
 
+def test_rows_are_padded_behind_unless_they_are_prompts():
+    assert M.pad([[1], [2, 3]], 0).tolist() == [[1, 0], [2, 3]]
+    assert M.pad([[1], [2, 3]], 0, left=True).tolist() == [[0, 1], [2, 3]]
+
+
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("value", [0, 77])
 def test_padding_changes_no_logits(left, value):

@@ -1026,6 +1026,14 @@ def test_formats_of_a_solution(file):
     assert solution.labels == [1, 0] and type(solution.labels[1]) is int
 
 
+def test_a_prompt_ends_where_both_answers_begin(file):
+    """The rejected one goes on as if the assistant spoke again: that is its answer."""
+    row = {"chosen": HH + " Two.", "rejected": HH + " Three.\n\nAssistant: Or four."}
+    pair, = rows.read_pairs(write(file, [row]))
+    assert pair.prompt == CHAT
+    assert (pair.chosen, pair.rejected) == ("Two.", "Three.\n\nAssistant: Or four.")
+
+
 @pytest.mark.parametrize("prompt", [HH, HH.removesuffix("\n\nAssistant:"), CHAT])
 def test_formats_of_a_prompt(file, prompt):
     assert rows.to_messages(prompt) == CHAT

@@ -61,11 +61,18 @@ def gold(row, text, ended=True):
 
 # ---------------------------------------------------------------- the files
 
-def test_the_files_are_what_the_generator_writes(tmp_path):
+def test_the_files_are_what_the_generator_writes(tmp_path, monkeypatch):
+    """Each is compared as soon as it is written: the first that differs ends the test."""
+    def compared(write):
+        def write_and_compare(path, content):
+            write(path, content)
+            here = studybuddy.HERE / path.name
+            assert path.read_bytes() == here.read_bytes(), f"{path.name}: python -m data.generate"
+        return write_and_compare
+    for name in ("write_text", "write_rows", "write_constitution"):
+        monkeypatch.setattr(generate, name, compared(getattr(generate, name)))
     generate.generate(tmp_path)
-    for path in tmp_path.iterdir():
-        here = studybuddy.HERE / path.name
-        assert path.read_bytes() == here.read_bytes(), f"{path.name}: python -m data.generate"
+    assert {"web.txt", "exam.jsonl", "constitution.json"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_there_are_150_facts():
