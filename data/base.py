@@ -245,6 +245,9 @@ def ability_card(model, tokenizer):
 
 # ---------------------------------------------------------------- training
 
+SAVE_EVERY = 1000           # steps: an hour is long, and machines are shut
+
+
 def train(config):
     started = begin(config)
     if config.init:
@@ -291,7 +294,7 @@ def train(config):
             optimizer.zero_grad()
         # 5 log
         log(step, loss=total, tokens=count)
-        if config.save and len(log.rows) % 1000 == 0:
+        if config.save and len(log.rows) % SAVE_EVERY == 0:
             save(config.out, model, tokenizer, torch.float16)       # what there is by now
     config.say(f"{len(log.rows):,} of {config.steps:,} steps were made")
     if config.save:

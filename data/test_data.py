@@ -2017,6 +2017,20 @@ def test_a_name_has_one_colour_in_all_panels():
     assert all(len(found) == 1 for found in colours.values()) and len(colours) == 3
 
 
+def test_all_words_of_a_panel_are_drawn():
+    panel = chart_file.Panel("title", "across", "upwards", [chart_file.Line("name", [0, 1], [0, 1])])
+    for word in ("title", "across", "upwards", "name"):
+        assert chart_file.chart([panel]).count(f">{word}</text>") == 1
+
+
+def test_a_bars_interval_is_inside():
+    bars = [chart_file.Bar("gold", {"a": 0.2, "b": 0.3}, {"a": 0.9, "b": 0.1})]
+    drawn = ElementTree.fromstring(chart_file.chart([chart_file.Panel("t", bars=bars)], width=400))
+    for e in drawn.iter():
+        for x in re.findall(r"[ML](-?[\d.]+) ", e.get("d") or ""):
+            assert 0 <= float(x) <= 400
+
+
 def test_a_missing_number_is_a_gap():
     drawn = chart_file.chart([chart_file.Panel("t", lines=[chart_file.Line("a", [0, 1, 2, 3, 4], [1, 2, math.nan, 2, 3])])])
     assert "nan" not in drawn

@@ -629,6 +629,21 @@ def test_a_slow_machine_leaves_out_steps(monkeypatch):
     assert [row["step"] for row in results["log"]] == list(range(0, 100, 5))
 
 
+def test_what_there_is_by_now_is_saved_on_the_way(monkeypatch, tmp_path):
+    saved = []
+
+    def save(out, model, tokenizer, dtype):
+        saved.append((out, model.embed.weight.clone(), tokenizer.n_vocab, dtype))
+    monkeypatch.setattr(base, "save", save)
+    monkeypatch.setattr(base, "SAVE_EVERY", 2)
+    quick_run(str(tmp_path / "base"), steps=4)
+    assert len(saved) == 3
+    assert not torch.equal(saved[0][1], saved[1][1])
+    assert torch.equal(saved[1][1], saved[2][1])
+    assert {(out, size, dtype) for out, _, size, dtype in saved} == {
+        (str(tmp_path / "base"), 1408, torch.float16)}
+
+
 def test_own_texts_that_are_not_there_are_bad_input():
     with pytest.raises(UserError, match="none.txt"):
         quick_run("out/none", data="none.txt", save=False)
