@@ -2023,12 +2023,12 @@ def test_all_words_of_a_panel_are_drawn():
         assert chart_file.chart([panel]).count(f">{word}</text>") == 1
 
 
-def test_a_bars_interval_is_inside():
+def test_a_bars_interval_has_its_length():
     bars = [chart_file.Bar("gold", {"a": 0.2, "b": 0.3}, {"a": 0.9, "b": 0.1})]
-    drawn = ElementTree.fromstring(chart_file.chart([chart_file.Panel("t", bars=bars)], width=400))
-    for e in drawn.iter():
-        for x in re.findall(r"[ML](-?[\d.]+) ", e.get("d") or ""):
-            assert 0 <= float(x) <= 400
+    drawn = chart_file.chart([chart_file.Panel("t", bars=bars)], width=400)
+    bar, interval = re.findall(r'd="M([\d.]+) 126.0L([\d.]+) 126.0"', drawn)
+    length = float(bar[1]) - float(bar[0])
+    assert float(interval[1]) - float(interval[0]) == pytest.approx(2 * 0.9 / 0.2 * length, rel=0.02)
 
 
 def test_a_missing_number_is_a_gap():
