@@ -1342,11 +1342,12 @@ def test_ppo_holds_out_no_prompt_that_it_learns_from(tmp_path):
 def test_gold_is_what_the_worlds_judge_says():
     first, second = studybuddy.read("prompts")[:2]
     prompts = [ppo.Prompt([], [], first), ppo.Prompt([], [], second)]
-    texts = ["I can't know.", "Yes."]
+    texts = [studybuddy.write(random.Random(0), row, "full") for row in (first, second)]
     samples = samples_of(texts, [True, False])
-    gold = studybuddy.judge(first, texts[0], True)["gold"]
-    gold += studybuddy.judge(second, texts[1], False)["gold"]
-    near(ppo.gold_of(prompts, samples), gold / 2)
+    good = studybuddy.judge(first, texts[0], True)["gold"]
+    endless = studybuddy.judge(second, texts[1], False)["gold"]
+    assert endless < studybuddy.judge(second, texts[1], True)["gold"] == good == 1
+    near(ppo.gold_of(prompts, samples), (good + endless) / 2)
 
 
 # the loop

@@ -428,6 +428,13 @@ def test_the_web_comes_back_from_its_tokens():
     assert tokenizer.decode(tokenizer.encode(text, allowed_special="all")) == text
 
 
+def test_the_vocabulary_begins_with_bytes_numbers_and_syllables():
+    first = generate.first_tokens()
+    assert len(set(first)) == 256 + 10 + 90 + 90 + 3 * len(generate.SYLLABLES)
+    shipped = load_ranks()
+    assert [shipped.decode_single_token_bytes(rank) for rank in range(len(first))] == first
+
+
 def test_the_most_frequent_pair_becomes_a_token():
     """xyxy xyz: xy is there 3 times, then xy + xy and xy + z once each; of equals the later in the
     alphabet is taken."""
