@@ -747,6 +747,15 @@ def test_sft_shows_what_it_should(seed, tmp_path):
     assert after["fact"] > after["math_greedy"] + 0.1
 
 
+def test_sft_shows_the_shortest_row_that_it_learns(home, monkeypatch):
+    shown = Watch(monkeypatch, sft, "show_example")
+    stream = Watch(monkeypatch, sft, "batches")
+    train("sft", home)
+    learned = stream.calls[0][0]
+    assert all(call[1] in learned for call in shown.calls)
+    assert len(shown.calls[0][1].ids) == min(len(example.ids) for example in learned)
+
+
 # ---------------------------------------------------------------- reward_model.py
 # the maths
 
@@ -1015,6 +1024,15 @@ def test_every_row_has_its_turn_and_no_held_one(home, monkeypatch):
         seen |= {one.where for one in batch}
     assert seen == {one.where for one in some}
     assert len(some) > len(held) > 0
+
+
+def test_the_reward_model_shows_one_comparison_before_and_after(home, monkeypatch):
+    shown = Watch(monkeypatch, R, "show_comparison")
+    stream = Watch(monkeypatch, R, "batches")
+    run = train("reward_model", home)
+    before, after = shown.calls
+    assert before[0] is after[0] is run["model"]
+    assert before[1] is after[1] is stream.calls[0][0][0]
 
 
 @pytest.mark.parametrize("change", [
@@ -1558,12 +1576,12 @@ def test_advantages_are_numpys(by_std):
 def test_equal_rewards_have_advantages_of_exactly_0(value):
     for G in (2, 3, 5, 7, 8):               # the mean of equal numbers is not always that number
         rewards = torch.full((2, G), value)
-        rewards[1, 0] += 1 + value
+        rewards[1, :2] += torch.tensor([1 + value, -1 - value])
         assert grpo.contrast(rewards).tolist() == [False, True]
         for by_std in (True, False):
             advantages = grpo.group_advantages(rewards, by_std)
             assert (advantages[0] == 0).all()
-            assert (advantages[1] != 0).all()
+            assert (advantages[1, :2] != 0).all()
 
 
 def loss_of_the_papers(name, logps, old, ref, A, answer, L, beta, fixed):

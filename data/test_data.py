@@ -812,6 +812,12 @@ def test_bytes_that_a_vocabulary_lacks_are_left_out(tmp_path):
     assert spelled(tmp_path, "\x00\x04", vocab) == []
 
 
+def test_each_tokenizer_has_files_of_its_own(tmp_path):
+    real_vocabulary(tmp_path)
+    assert "tokenizer.json" in checkpoints.load_tokenizer(tmp_path, 300).files
+    assert checkpoints.Tokenizer.files == {}
+
+
 def test_every_id_can_be_decoded(tmp_path):
     """A model can sample an id that no token has."""
     real_vocabulary(tmp_path)
@@ -1038,6 +1044,12 @@ def test_a_prompt_ends_where_both_answers_begin(file):
 def test_formats_of_a_prompt(file, prompt):
     assert rows.to_messages(prompt) == CHAT
     assert rows.read_prompts(write(file, [{"prompt": prompt}]))[0].messages == CHAT
+
+
+def test_json_lines_can_be_read_again(file):
+    lines = [{"prompt": "a\nb"}, {"prompt": "ü \u2028"}]
+    file.write_text(rows.json_lines(lines), encoding="utf-8")
+    assert [line.row for line in rows.read_prompts(file)] == lines
 
 
 def test_every_role_is_kept():
@@ -2067,6 +2079,11 @@ def test_places_on_the_three_scales():
     assert chart_file.Axis([0, 4], 0, 100, limits=(0, 4)).at(1) == pytest.approx(25)
 
 
+def test_ticks_of_a_bent_axis_are_spread_over_it():
+    axis = chart_file.Axis([0, 4, 9], 0, 100, "root")           # the roots: 0, 0.6, 1.2, 1.8, 2.4, 3
+    assert axis.ticks() == [0, 0.4, 1, 3, 6, 9]
+
+
 def test_the_picture_of_checkpoints():
     """The better the higher, the farther from the first the more to the right."""
     cards = {}
@@ -2111,6 +2128,13 @@ def test_every_colour_can_be_read_on_its_paper(part):
 def run_exam(*folders, cwd):
     return subprocess.run([sys.executable, "-m", "data.exam", *folders], cwd=cwd, text=True,
                           capture_output=True, env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+
+
+def test_parts_of_the_exam_have_names():
+    assert E.read_parts(["all"]) == list(E.ABILITIES)
+    assert E.read_parts(["notes", "tools"]) == ["notes", "tools"]
+    with pytest.raises(M.UserError, match="--parts nots"):
+        E.read_parts(["notes", "nots"])
 
 
 def test_a_folder_that_is_missing_is_one_line_and_exit_2(tmp_path):

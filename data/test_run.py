@@ -247,6 +247,12 @@ def test_the_log_keeps_all_and_shows_at_most_20_rows_of_80_columns(steps, capsys
     assert len(log.rows) == steps and log.rows[-1]["x8"] == 8.0
 
 
+def test_large_numbers_are_shown_with_fewer_digits(capsys):
+    log = house.Log(Config(steps=1))
+    log(0, small=99.99, large=100.0, below=-1234.56)
+    assert capsys.readouterr().out.splitlines()[1].split() == ["0", "99.9900", "100.0", "-1234.6"]
+
+
 # adapters
 
 def test_lora_by_hand():

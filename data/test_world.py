@@ -656,6 +656,37 @@ def test_own_texts_that_are_not_there_are_bad_input():
         quick_run("out/none", data="none.txt", save=False)
 
 
+def test_a_base_of_the_world_ends_in_its_table(monkeypatch):
+    ended = []
+    real = base.exam.finish
+
+    def finish(name, config, started, log, before, after, targets):
+        ended.append((after, targets))
+        return real(name, config, started, log, before, after, targets)
+    monkeypatch.setattr(base.exam, "finish", finish)
+    monkeypatch.setattr(base, "ability_card", lambda *model: ({"marks": 0.5}, [base.exam.Target("marks", 0.85)]))
+    quick_run("out/none", data="", steps=1, save=False)
+    quick_run("out/none", steps=1, save=False)
+    (after, targets), (_, own_targets) = ended
+    assert after["marks"] == 0.5
+    assert [(target.key, target.bound) for target in targets] == [("held_out", 0.5), ("marks", 0.85)]
+    assert [target.key for target in own_targets] == ["held_out"], "of one's own data nobody knows the truth"
+
+
+def test_the_abilities_card_and_what_is_asked_of_it(monkeypatch):
+    """A model that is right in 0.5 of each line, but with slights: the slighted get 0.8 of them."""
+    lines = [line for lines, _ in base.FLOORS.values() for line in lines]
+    card = dict.fromkeys(lines, 0.5) | {"slights_slighted*": 0.8, "slights_favoured*": 0.1, "marks_right": 1.0}
+    monkeypatch.setattr(base.exam, "ask_abilities", lambda model, tokenizer, parts: parts)
+    monkeypatch.setattr(base.exam, "ability_scores", lambda answered: answered)
+    monkeypatch.setattr(base.exam, "card_of", lambda scores: dict(card))
+    found, targets = base.ability_card(None, None)
+    assert found["slights: the gap"] == pytest.approx(0.7)
+    assert (found["marks"], found["claims"]) == (0.75, 0.5)
+    bounds = {target.key: target.bound for target in targets}
+    assert bounds == {name: least for name, (_, least) in base.FLOORS.items()} | {"slights: the gap": 0.3}
+
+
 # ---------------------------------------------------------------- the committed base
 
 def continuations(texts, length):
