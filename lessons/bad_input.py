@@ -165,6 +165,8 @@ BAD_TEXTS = {
     "device": ["", "text", "meta", "cuda:99", "cpu:x", "mps"],
 }
 BAD_TEXTS["constitution"] = BAD_TEXTS["data"]
+BAD_TEXTS["critic"] = BAD_TEXTS["init"]
+BAD_TEXTS["seeds"] = ["text", "0 1 x", "-1", "0,1", "1.5"]
 BAD_TEXTS["reward"] = [*BAD_TEXTS["init"], "JUDGE_OF_THREE"]
 OF_TABLES = ["text", "", " ", "DPO", "0"]
 
@@ -357,6 +359,8 @@ def prepare(case, home, folder):
         flags = ["--init", f"{home}/init", "--data", "data.jsonl", "--out", "out", "--steps", "1"]
     if module is ppo:
         flags += ["--reward", f"{home}/JUDGE"]
+    if module is process_reward:
+        flags += ["--critic", f"{home}/init"]
     if module is cai:
         flags += ["--constitution", f"{HERE}/data/constitution.json"]
     for name, content in files.items():

@@ -61,6 +61,10 @@ class Lesson(Settings):
     seeds: str = ""           # one run for each, as in --seeds 0 1 2: this makes the page's figure
     quick: bool = False       # little of everything, to see that it runs
 
+    def __post_init__(self):
+        super().__post_init__()
+        seeds_of(self)            # complains where they are no numbers
+
 
 # ---------------------------------------------------------------- a program's end
 

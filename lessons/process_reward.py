@@ -311,11 +311,11 @@ def train(config):
     started = begin(config)
     need(config.init, "python sft.py", 20)
     policy, tokenizer = load(config.init, config.device)
+    critic, _ = load(config.critic, config.device)
     outcome, _, _, outcome_card, _ = train_judge(config, "outcome")
     process, log, before, after, held = train_judge(config, "process")
     after["outcome_accuracy"] = outcome_card["accuracy"]
     after["says_the_first"] = says_the_first(held)
-    critic, _ = load(config.critic, config.device)
     solved = [(solution.prompt, solution.steps) for solution in held]
     words = slips_found(held, marks_in_words(critic, tokenizer, solved))
     judges = {"outcome": outcome, "process": process}
