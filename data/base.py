@@ -245,7 +245,7 @@ def ability_card(model, tokenizer):
 
 # ---------------------------------------------------------------- training
 
-SAVE_EVERY = 1000           # steps: an hour is long, and machines are shut
+SAVE_EVERY = 1000           # steps: an hour is long, and machines fall asleep
 
 
 def train(config):
