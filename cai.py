@@ -316,7 +316,8 @@ def save_lines(config, name, lines):
 # ---------------------------------------------------------------- what a run shows
 
 def show_draft(draft, config):
-    """An answer, and all that the critic had to say about it."""
+    """An answer, and each critique that led to a revision. A round that found nothing, or whose
+    revision was cut off, is not kept."""
     lines = [("prompt", flat(draft.prompt.messages)), ("answer", draft.first)]
     for principle, complaint, revision in draft.flaws:
         lines += [("principle", principle), ("critique", complaint), ("revision", revision)]

@@ -373,7 +373,7 @@ def collate(examples, tokenizer, device):
 # ---------------------------------------------------------------- log-probs
 
 def token_logps(model, ids, mask, answer, temperature=1.0):
-    """log pi(y_t | x, y_<t) at the answers' tokens, exactly 0 elsewhere. All (B, T).
+    """log pi(y_t | x, y_<t) at answers' tokens, 0 elsewhere: their sum is log pi(y|x). All (B, T).
 
     The logits at t - 1 are about the token at t, so one is shifted against the other. In plain
     words:
@@ -397,7 +397,7 @@ def states_before(model, ids, mask, answer):
     In plain words: model.hidden(ids, mask)[:, :-1][answer[:, 1:]]"""
     P = int(answer.any(0).int().argmax())       # the first column in which any answer has a token
     prompts = ids.where(mask, -1)[:, :P]                        # (B, P), -1 at padding
-    # sharing pays from two rows a prompt on. A GPU is quicker with one pass over all
+    # sharing pays from two rows a prompt on, on average. A GPU is quicker with one pass over all
     if P == 0 or ids.device.type != "cpu" or 2 * len(prompts.unique(dim=0)) > len(ids):
         hidden = model.hidden(ids, mask)
         return hidden[:, :-1][answer[:, 1:]]

@@ -245,7 +245,7 @@ def ability_card(model, tokenizer):
 
 # ---------------------------------------------------------------- training
 
-SAVE_EVERY = 1000           # steps: an hour is long, and machines fall asleep
+SAVE_EVERY = 1000           # steps that were made: in an hour a machine may fall asleep
 
 
 def train(config):
@@ -272,7 +272,8 @@ def train(config):
     log = Log(config)
     loop_started = time.time()
     for step in steps(config, muon, adamw):
-        # late? then leave out this step, so that the learning rate falls to 0 within the time limit
+        # Where should the schedule be by now? A step behind that is left out: the learning rate
+        # moves on without it, and is 0 within the time limit. The mean time: processes must agree
         seconds = average(time.time() - loop_started).item()
         due = int(config.steps * seconds / (60 * config.minutes))
         if step < due:

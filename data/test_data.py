@@ -2005,7 +2005,10 @@ def test_a_name_stands_where_nothing_else_does():
     room = chart_file.Box(0, 0, 300, 200)
     rng = Random(0)
     for _ in range(200):
-        taken = [chart_file.text_box(rng.uniform(0, 260), rng.uniform(0, 190), "other", "start") for _ in range(9)]
+        taken = []
+        for _ in range(9):
+            place = rng.uniform(0, 260), rng.uniform(0, 190)
+            taken.append(chart_file.text_box(*place, "other", "start"))
         end = chart_file.End(rng.uniform(20, 180), rng.uniform(20, 280), "dpo")
         x, y, anchor = chart_file.free_place(end, room, taken)
         place = chart_file.text_box(x, y, "dpo", anchor)
@@ -2030,7 +2033,8 @@ def test_a_name_has_one_colour_in_all_panels():
 
 
 def test_all_words_of_a_panel_are_drawn():
-    panel = chart_file.Panel("title", "across", "upwards", [chart_file.Line("name", [0, 1], [0, 1])])
+    line = chart_file.Line("name", [0, 1], [0, 1])
+    panel = chart_file.Panel("title", "across", "upwards", [line])
     for word in ("title", "across", "upwards", "name"):
         assert chart_file.chart([panel]).count(f">{word}</text>") == 1
 
@@ -2040,7 +2044,8 @@ def test_a_bars_interval_has_its_length():
     drawn = chart_file.chart([chart_file.Panel("t", bars=bars)], width=400)
     bar, interval = re.findall(r'd="M([\d.]+) 126.0L([\d.]+) 126.0"', drawn)
     length = float(bar[1]) - float(bar[0])
-    assert float(interval[1]) - float(interval[0]) == pytest.approx(2 * 0.9 / 0.2 * length, rel=0.02)
+    whole = float(interval[1]) - float(interval[0])
+    assert whole == pytest.approx(2 * 0.9 / 0.2 * length, rel=0.02)
 
 
 def test_a_missing_number_is_a_gap():

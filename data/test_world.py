@@ -72,7 +72,8 @@ def test_the_files_are_what_the_generator_writes(tmp_path, monkeypatch):
     for name in ("write_text", "write_rows", "write_constitution"):
         monkeypatch.setattr(generate, name, compared(getattr(generate, name)))
     generate.generate(tmp_path)
-    assert {"web.txt", "exam.jsonl", "constitution.json"} <= {path.name for path in tmp_path.iterdir()}
+    written = {path.name for path in tmp_path.iterdir()}
+    assert {"web.txt", "exam.jsonl", "constitution.json"} <= written
 
 
 def test_there_are_150_facts():
@@ -490,10 +491,11 @@ def test_muon_by_hand():
 
 
 def test_muon_takes_a_matrix_that_is_alone_in_its_shape():
+    """It goes 0.2 sqrt(4) = 0.4 far in each direction, as the singular values become about 1."""
     W = torch.nn.Parameter(torch.zeros(3, 4))
     W.grad = torch.eye(3, 4)
     base.Muon([W], lr=1.0).step()
-    assert torch.allclose(W, -0.4 * torch.eye(3, 4), atol=0.15)     # 0.2 sqrt(4), singular values of about 1
+    assert torch.allclose(W, -0.4 * torch.eye(3, 4), atol=0.15)
 
 
 def test_each_parameter_has_exactly_one_optimizer():
@@ -657,26 +659,28 @@ def test_own_texts_that_are_not_there_are_bad_input():
 
 
 def test_a_base_of_the_world_ends_in_its_table(monkeypatch):
+    """On one's own data nobody knows the truth, so only the loss is asked for."""
     ended = []
-    real = base.exam.finish
 
     def finish(name, config, started, log, before, after, targets):
-        ended.append((after, targets))
-        return real(name, config, started, log, before, after, targets)
+        ended.append((after, {target.key: target.bound for target in targets}))
+        return {}
+    card = {"marks": 0.5}, [base.exam.Target("marks", 0.85)]
     monkeypatch.setattr(base.exam, "finish", finish)
-    monkeypatch.setattr(base, "ability_card", lambda *model: ({"marks": 0.5}, [base.exam.Target("marks", 0.85)]))
+    monkeypatch.setattr(base, "ability_card", lambda model, tokenizer: card)
     quick_run("out/none", data="", steps=1, save=False)
     quick_run("out/none", steps=1, save=False)
     (after, targets), (_, own_targets) = ended
     assert after["marks"] == 0.5
-    assert [(target.key, target.bound) for target in targets] == [("held_out", 0.5), ("marks", 0.85)]
-    assert [target.key for target in own_targets] == ["held_out"], "of one's own data nobody knows the truth"
+    assert targets == {"held_out": 0.5, "marks": 0.85}
+    assert list(own_targets) == ["held_out"]
 
 
 def test_the_abilities_card_and_what_is_asked_of_it(monkeypatch):
     """A model that is right in 0.5 of each line, but with slights: the slighted get 0.8 of them."""
     lines = [line for lines, _ in base.FLOORS.values() for line in lines]
-    card = dict.fromkeys(lines, 0.5) | {"slights_slighted*": 0.8, "slights_favoured*": 0.1, "marks_right": 1.0}
+    card = dict.fromkeys(lines, 0.5) | {"marks_right": 1.0}
+    card |= {"slights_slighted*": 0.8, "slights_favoured*": 0.1}
     monkeypatch.setattr(base.exam, "ask_abilities", lambda model, tokenizer, parts: parts)
     monkeypatch.setattr(base.exam, "ability_scores", lambda answered: answered)
     monkeypatch.setattr(base.exam, "card_of", lambda scores: dict(card))
@@ -684,7 +688,8 @@ def test_the_abilities_card_and_what_is_asked_of_it(monkeypatch):
     assert found["slights: the gap"] == pytest.approx(0.7)
     assert (found["marks"], found["claims"]) == (0.75, 0.5)
     bounds = {target.key: target.bound for target in targets}
-    assert bounds == {name: least for name, (_, least) in base.FLOORS.items()} | {"slights: the gap": 0.3}
+    floors = {name: least for name, (_, least) in base.FLOORS.items()}
+    assert bounds == floors | {"slights: the gap": 0.3}
 
 
 # ---------------------------------------------------------------- the committed base

@@ -24,8 +24,9 @@ The rules, with an example each:
 
 Lines are drawn by lot, each as likely as any other, then one of the rules that fit the line, then
 one of its places. Docstrings, comments, annotations and what is printed are left alone. Where the
-tests take five times as long as without the change, it hangs, and counts as killed. What survives
-by right (the name of a thing, a second guard) is for you to tell: read its line.
+tests take more than a minute and five times what they take without the change, it hangs, and counts
+as killed. What survives by right (the name of a thing, a second guard) is for you to tell: read its
+line.
 """
 import argparse
 import ast
@@ -271,8 +272,8 @@ def draw_of_line(changes, lots):
 # ---------------------------------------------------------------- do the tests notice?
 
 def tests_of(file):
-    """What could see it: as in bugs.py, and for data/ both of its large files of tests. Whoever
-    changes the world writes other files, and one test notices that: it comes first."""
+    """The tests that could see a change: as in bugs.py, and for data/ both of its large files of
+    tests. A changed world writes other files than those in data/: the test for that comes first."""
     tests = bugs.tests_of(file)
     if file in bugs.WORLD:
         tests = ["data/test_world.py::test_the_files_are_what_the_generator_writes", *tests]
