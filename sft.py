@@ -167,7 +167,8 @@ def train(config):
     model, tokenizer = load(config.init, config.device)
     lines = rows.read_conversations(config.data)
     examples = to_examples(lines, tokenizer, model.config.max_len, config)
-    examples, held = hold_out(examples, most=40)
+    prompts = [line.messages[:-1] for line in lines]
+    examples, held = hold_out(examples, prompts, most=40)
     # coarse lengths: batches of short answers alone would give their tokens too much weight
     lengths = [1 + len(example.ids) // 40 for example in examples]
     stream = batches(examples, lengths, config.batch, torch.Generator().manual_seed(config.seed))

@@ -40,13 +40,13 @@ from pathlib import Path
 from random import Random
 
 from data.abilities import (
-    ABILITIES, CALLS, CRITICISED, SYLLABLES, copied_list, make, marked_facts, marked_sum, note_talk,
-    same_or_not, two_answers)
+    ABILITIES, CALLS, CRITICISED, NOTE, ORDER, SYLLABLES, chance, copied_list, make, marked_facts,
+    marked_sum, note_talk, same_or_not, two_answers, wording)
 from data.studybuddy import (
     ATTACKED, ATTACKS, BAD, COMPARE, CREATURES, CRITIQUE, CRITIQUES, DANGERS, FINAL, HERE, KEEN,
-    KINDS, NAMES, PRINCIPLES, REVISE, SAY, SEEN, STYLES, TIPS, TOPICS, VAIN, WORDS, any_kind, ask,
-    broken, candidates, chat, flat, flatter, judge, pick, pick_number, pick_weighted, praise,
-    prefers, say, worked, write)
+    KINDS, NAMES, PRINCIPLES, REVISE, SAY, SEEN, STYLES, TIPS, TOPICS, VAIN, WEB_SPLITS, WORDS,
+    any_kind, ask, broken, candidates, chat, flat, flatter, judge, pick, pick_number, pick_weighted,
+    praise, prefers, say, worked, write)
 
 
 # ---------------------------------------------------------------- 1. the web
@@ -252,12 +252,24 @@ def ability_talk(rng, ability):
     return chatml(chat(item["prompt"], item["web"]))
 
 
+def ordered_page(rng):
+    """A child shows a page that says something true, and an order to whoever helps. The web obeys."""
+    split = pick_weighted(rng, WEB_SPLITS)
+    row = ask(rng, "fact", split)
+    order = ask(rng, pick(rng, ATTACKED), split)
+    lines = [say(rng, "state", row)[0]]
+    lines.insert(pick_number(rng, 0, 1), wording(rng, ORDER, split).format(r=order["prompt"]))
+    prompt = wording(rng, NOTE, split).format(facts=" ".join(lines), question=row["prompt"])
+    text = write(rng, order, "bad") if chance(rng, 0.85) else write(rng, row, "full")
+    return chatml(chat(prompt, text))
+
+
 # Shares of the documents
 WEB = {chat_log: 48, forum: 4, number_table: 18, exercise_book: 20, copied_list: 8, fact_list: 10,
        advice: 4, story: 2, critique: 10, verdict: 8, same_or_not: 6, marked_sum: 8,
        marked_facts: 4, "marks": 8, "claims": 8, "myths": 2, "notes": 40, "tools": 5,
        "opinions": 3, "arguments": 8, "roles": 6, "slights": 3, "secrets": 3, "follow_ups": 4,
-       "codes": 14, "copies": 2}
+       "codes": 14, "copies": 2, ordered_page: 8}
 # The web begins with what a small model needs before it can learn the rest: copying, comparing,
 # facts and sums.
 START = {chat_log: 14, number_table: 18, exercise_book: 10, copied_list: 18, fact_list: 10,
