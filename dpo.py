@@ -44,7 +44,7 @@ from model import Example, UserError, collate, render_answer, token_logps
 class Config(Settings):
     data: str = "data/preferences.jsonl"  # JSON lines with "prompt", "chosen" and "rejected"
     out: str = "out/dpo"      # write here
-    steps: int = 130          # optimiser steps
+    steps: int = 95           # optimiser steps
     batch: int = 32           # pairs a step
     lr: float = None          # peak learning rate (default: the loss's own, see LOSSES)
     loss: str = "dpo"         # one of the table LOSSES: dpo, ipo, simpo, ...
@@ -174,16 +174,16 @@ class Method(NamedTuple):
 
 
 LOSSES = {
-    "dpo":      Method(dpo,      ("beta",),         reference=True,  beta=0.5, lr=5e-4),
-    "cdpo":     Method(cdpo,     ("beta", "noise"), reference=True,  beta=0.5, lr=5e-4),
-    "robust":   Method(robust,   ("beta", "noise"), reference=True,  beta=0.5, lr=5e-4),
-    "ipo":      Method(ipo,      ("beta",),         reference=True,  beta=0.1, lr=5e-4),
-    "slic":     Method(slic,     ("beta",),         reference=True,  beta=0.4, lr=5e-4),
-    "apo_zero": Method(apo_zero, ("beta",),         reference=True,  beta=0.5, lr=2e-4),
-    "apo_down": Method(apo_down, ("beta",),         reference=True,  beta=0.5, lr=1e-4),
-    "sppo":     Method(sppo,     ("beta",),         reference=True,  beta=0.1, lr=3e-4),
-    "simpo":    Method(simpo,    ("beta", "gamma"), reference=False, beta=2.0, lr=1e-4),
-    "orpo":     Method(orpo,     ("odds",),         reference=False, beta=1.0, lr=1e-4),
+    "dpo":      Method(dpo,      ("beta",),         reference=True,  beta=0.5, lr=7e-4),
+    "cdpo":     Method(cdpo,     ("beta", "noise"), reference=True,  beta=0.5, lr=7e-4),
+    "robust":   Method(robust,   ("beta", "noise"), reference=True,  beta=0.5, lr=7e-4),
+    "ipo":      Method(ipo,      ("beta",),         reference=True,  beta=0.1, lr=7e-4),
+    "slic":     Method(slic,     ("beta",),         reference=True,  beta=0.4, lr=7e-4),
+    "apo_zero": Method(apo_zero, ("beta",),         reference=True,  beta=0.5, lr=3e-4),
+    "apo_down": Method(apo_down, ("beta",),         reference=True,  beta=0.5, lr=1.4e-4),
+    "sppo":     Method(sppo,     ("beta",),         reference=True,  beta=0.1, lr=4e-4),
+    "simpo":    Method(simpo,    ("beta", "gamma"), reference=False, beta=2.0, lr=1.4e-4),
+    "orpo":     Method(orpo,     ("odds",),         reference=False, beta=1.0, lr=1.4e-4),
 }
 
 

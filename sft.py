@@ -40,9 +40,9 @@ class Config(Settings):
     init: str = "data/base"   # start from this model folder
     data: str = "data/sft.jsonl"  # JSON lines with "messages", or with "prompt" and "completion"
     out: str = "out/sft"      # write here
-    steps: int = 80           # optimiser steps
+    steps: int = 52           # optimiser steps
     batch: int = 54           # conversations a step
-    lr: float = None          # peak learning rate (default: 1e-3, or 1e-2 with --lora)
+    lr: float = None          # peak learning rate (default: 1.3e-3, or 1e-2 with --lora)
     cut: bool = False         # cut rows longer than the context (otherwise they are an error)
 
 
@@ -163,7 +163,7 @@ def show_columns(names, columns, config):
 def train(config):
     started = begin(config)
     if config.lr is None:
-        config = replace(config, lr=1e-2 if config.lora else 1e-3)
+        config = replace(config, lr=1e-2 if config.lora else 1.3e-3)
     model, tokenizer = load(config.init, config.device)
     lines = rows.read_conversations(config.data)
     examples = to_examples(lines, tokenizer, model.config.max_len, config)

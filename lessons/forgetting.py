@@ -48,7 +48,7 @@ class Config(figures.Lesson):
     out: str = "out/forgetting"  # write here: the files that are learned from
     steps: int = 60           # optimiser steps
     batch: int = 54           # conversations a step
-    lr: float = 1e-3          # peak learning rate: sft.py's
+    lr: float = 1e-3          # peak learning rate
     shares: str = "0 0.1 0.3"  # of the aligned model's own answers in the file, one run each
     prompts: int = 640        # so many prompts are answered
     max_new: int = 72         # longest answer in tokens

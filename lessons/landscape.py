@@ -46,7 +46,7 @@ from model import UserError
 class Config(figures.Lesson):
     data: str = "data/preferences.jsonl"  # JSON lines: pairs
     out: str = "out/landscape"  # write here
-    steps: int = 70           # optimiser steps of each run: half of dpo.py's, as there are many
+    steps: int = 48           # optimiser steps of each run: half of dpo.py's, as there are many
     batch: int = 32           # pairs a step, or twice as many thumbs; PPO has a batch of its own
     lr: float = None          # peak learning rate of all (default: each its own, see dpo.LOSSES)
     beta: float = None        # of all losses (default: each its own, see dpo.LOSSES)
