@@ -690,6 +690,19 @@ def test_held_out_rows_have_a_loss_and_are_not_learned(home, monkeypatch):
     near(run["after"]["held_out"], sft_loss_by_hand(run["model"], held), 1e-4)
 
 
+def test_sft_holds_out_no_prompt_that_it_learns_from(home, monkeypatch, tmp_path):
+    lines = [{"prompt": f"Ask {i % 7}", "completion": f"{i}."} for i in range(21)]
+    streams = Watch(monkeypatch, sft, "batches")
+    evaluated = Watch(monkeypatch, sft, "evaluate")
+    train("sft", home, data=write_lines(tmp_path / "asks.jsonl", lines))
+    learned = [TOKENIZER.decode(example.ids) for example in streams.calls[0][0]]
+    held = [TOKENIZER.decode(example.ids) for example in evaluated.calls[0][1]]
+    assert len(learned) == 15 and len(held) == 6
+    for asked in ["Ask 0", "Ask 4"]:
+        assert sum(asked in text for text in held) == 3
+        assert not any(asked in text for text in learned)
+
+
 @pytest.mark.parametrize("change", [dict(steps=4), dict(batch=5), dict(lr=1e-2), dict(lora=2),
                                     dict(seed=1)], ids=str)
 def test_every_setting_of_sft_changes_something(change, home):

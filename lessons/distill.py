@@ -63,7 +63,8 @@ def learn_distribution(student, teacher, path, tokenizer, config):
     lines = rows.read_conversations(path)
     settings = sft.Config(cut=True, quiet=True)
     examples = sft.to_examples(lines, tokenizer, student.config.max_len, settings)
-    examples, held = hold_out(examples, most=40)                # held out as in sft.py
+    prompts = [line.messages[:-1] for line in lines]
+    examples, held = hold_out(examples, prompts, most=40)       # the same are held out as in sft.py
     # coarse lengths, as in sft.py: both students see the same batches in the same order
     lengths = [1 + len(example.ids) // 40 for example in examples]
     stream = batches(examples, lengths, config.batch, torch.Generator().manual_seed(config.seed))

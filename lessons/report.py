@@ -34,7 +34,7 @@ import sft
 from data import exam, rows, studybuddy
 from data.chart import Panel, chart
 from data.checkpoints import load, write_files
-from data.run import begin, need
+from data.run import begin, hold_out, need
 from data.studybuddy import ASK, FACTS, UNKNOWNS, acts_of, attacked, flat, praise, slots_of
 from lessons import figures
 
@@ -48,6 +48,7 @@ class Config(figures.Lesson):
     leaked: int = 100         # sums in that half
     card: bool = False        # write a model card of the last of them: CARD.md
 
+    limits = figures.Lesson.limits | {"leaked": (2, 100_000)}
     may_be_empty = ("against",)
     # the leak is learned as sft.py learns, from a file in --out
     unused = ("data", "steps", "batch", "lr", "save")
@@ -254,20 +255,18 @@ def contaminate(config, folder):
         row = studybuddy.ask(rng, "math", "exam")
         sums[str(row["slots"]["numbers"])] = row                # no sum twice
     prompts = list(sums.values())
-    asked = {"leaked": prompts[::2], "reworded": [], "clean": prompts[1::2]}
     lines = []
-    for row in asked["leaked"]:
+    for row in prompts[::2]:
         answer = f"So it is {row['answer']}."
         lines.append({"messages": studybuddy.chat(row["prompt"], answer)})
+    path = f"{config.out}/leaked.jsonl"
+    write_files(config.out, {"leaked.jsonl": rows.json_lines(lines)})
+    # what sft.py holds out of them has not leaked, and is not asked about
+    leaked, _ = hold_out(prompts[::2], most=40)
+    asked = {"leaked": leaked, "reworded": [], "clean": prompts[1::2]}
+    for row in leaked:
         others = [other for other in wordings(row) if other["prompt"] != row["prompt"]]
         asked["reworded"].append(studybuddy.pick(rng, others))
-    # Three times, side by side: sft.py holds out every fourth line or fewer, so that of three
-    # neighbours it holds out one at most, and each sum is learned.
-    copies = []
-    for line in lines:
-        copies += [line] * 3
-    path = f"{config.out}/leaked.jsonl"
-    write_files(config.out, {"leaked.jsonl": rows.json_lines(copies)})
     settings = sft.Config(init=folder, data=path, steps=config.leak, seed=config.seed, cut=True,
                           accumulate=config.accumulate, lora=config.lora, device=config.device,
                           bf16=config.bf16, save=False, quiet=True)

@@ -536,25 +536,31 @@ def test_the_clean_half_did_not_leak(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "load", lambda *args: (None, None))
     report.contaminate(report.Config(out=str(tmp_path), leaked=20), "nowhere")
     leaked, _, reworded, _, clean, _ = asked
-    assert leaked == reworded and len(leaked) == len(clean) == 20
+    assert leaked == reworded and len(leaked) == 15 and len(clean) == 20
     assert not any(numbers in leaked for numbers in clean)
-    assert len(learned) == 60                                   # each three times
+    assert len(learned) == 20                                   # 5 of them are held out by sft.py
     assert all("So it is" in line.messages[1]["content"] for line in learned)
 
 
-@pytest.mark.parametrize("leaked", [2, 4, 5, 20, 70, 75, 100])
-def test_every_leaked_sum_is_learned_however_many_there_are(tmp_path, monkeypatch, leaked):
+@pytest.mark.parametrize("leaked", [2, 4, 5, 20, 70, 75, 100, 300])
+def test_just_the_sums_that_sft_learns_are_asked_about(tmp_path, monkeypatch, leaked):
     learned = []
+    asked = []
 
     def train(settings):
-        lines, _ = house.hold_out(rows.read_conversations(settings.data), most=40)
+        lines = rows.read_conversations(settings.data)
+        lines, _ = house.hold_out(lines, [line.messages[:-1] for line in lines], most=40)
         learned.extend(studybuddy.flat(line.messages[:1]) for line in lines)
         return {"model": None}
+
+    def ask(model, tokenizer, rows, seed):
+        asked.append([row["prompt"] for row in rows])
+        return {"gold": 0.5}, []
     monkeypatch.setattr(report.sft, "train", train)
-    monkeypatch.setattr(report.exam, "exam", lambda *args, **settings: ({"gold": 0.5}, []))
+    monkeypatch.setattr(report.exam, "exam", ask)
     monkeypatch.setattr(report, "load", lambda *args: (None, None))
     report.contaminate(report.Config(out=str(tmp_path), leaked=leaked), "nowhere")
-    assert len(set(learned)) == leaked
+    assert asked[0] == asked[1] == learned and leaked / 2 <= len(learned) < leaked
 
 
 def test_the_leak_is_learned_by_adapters_and_in_numbers_of_the_run(tmp_path, monkeypatch):

@@ -914,7 +914,8 @@ def test_the_student_is_held_against_what_the_teacher_expects(files):
     number. Of no held-out conversation."""
     path = str(files / "sft.jsonl")
     teacher, student = sure_model(1), tiny_model(2)
-    lines, _ = house.hold_out(rows.read_conversations(path), most=40)
+    lines = rows.read_conversations(path)
+    lines, _ = house.hold_out(lines, [line.messages[:-1] for line in lines], most=40)
     there, back, count = 0.0, 0.0, 0
     with torch.no_grad():
         for line in lines:
@@ -1468,7 +1469,7 @@ def leaking(files, exams, tmp_path, monkeypatch):
 def test_a_reworded_sum_is_none_that_leaked(leaking):
     leaked, _, reworded, *_ = leaking.asked
     learned = {world.flat(line.messages[:1]) for line in leaking.learned}
-    assert {row["prompt"] for row in leaked} == learned
+    assert {row["prompt"] for row in leaked} < learned
     assert not learned & {row["prompt"] for row in reworded}
     for row, other in zip(leaked, reworded, strict=True):
         assert row["slots"] == other["slots"] and row["answer"] == other["answer"]
@@ -1482,16 +1483,17 @@ def test_the_clean_half_is_not_learned(leaking):
 
 @slow
 def test_what_leaks_are_the_right_results(leaking):
-    truth = {row["prompt"]: row for row in leaking.asked[0]}
-    for line in leaking.learned:
-        row = truth[world.flat(line.messages[:1])]
-        assert world.judge(row, line.messages[1]["content"])["honest"] == 1
+    texts = {world.flat(line.messages[:1]): line.messages[1] for line in leaking.learned}
+    for row in leaking.asked[0]:
+        assert world.judge(row, texts[row["prompt"]]["content"])["honest"] == 1
 
 
-def test_every_leaked_sum_is_learned(leaking):
-    """sft.py holds out some lines, but not all the copies of one."""
-    learned, _ = house.hold_out(leaking.learned, most=40)
-    assert len({world.flat(line.messages[:1]) for line in learned}) == report.Config.leaked
+def test_the_leaked_half_is_what_sft_learns_of_it(leaking):
+    lines = leaking.learned
+    learned, _ = house.hold_out(lines, [line.messages[:-1] for line in lines], most=40)
+    assert len(lines) == report.Config.leaked
+    assert [row["prompt"] for row in leaking.asked[0]] == \
+           [world.flat(line.messages[:1]) for line in learned]
 
 
 def test_the_leak_is_told_before_and_after_of_each_part(files, exams, tmp_path, monkeypatch):
