@@ -356,7 +356,7 @@ def train(config):
         raise UserError(f"--order {config.order}: choose draw or first")
     constitution = rows.read_constitution(config.constitution)
     principles = [entry["principle"] for entry in constitution]
-    need(config.init, "python sft.py", 20)
+    need(config.init)
 
     # One model answers, criticises, mends and judges: the teacher. A copy of it learns.
     teacher, tokenizer = load(config.init, config.device)

@@ -328,7 +328,7 @@ def train(config):
         raise UserError(f"--beta 0: {config.loss} divides by it")
 
     # One model learns. A frozen copy remembers where it began.
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     add_lora(policy, config.lora)

@@ -352,7 +352,7 @@ def train(config, reward=None):
         reward = VERIFIERS[config.verifier]
 
     # One model writes and learns. A frozen copy remembers where it began.
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     add_lora(policy, config.lora)

@@ -267,7 +267,7 @@ def score_by(reward_model, tokenizer):
 
 def load_reward_model(config, tokenizer):
     """It has to read what the policy writes, and to give one number for it."""
-    need(config.reward, "python reward_model.py", 50)
+    need(config.reward)
     reward_model, its_tokenizer = load_scalar(config.reward, config.device)
     if its_tokenizer._mergeable_ranks != tokenizer._mergeable_ranks:    # token -> id
         raise UserError(f"--reward {config.reward}: want the vocabulary of --init {config.init}")
@@ -353,7 +353,7 @@ def train(config, score=None):
         raise UserError("--beta 0: --target-kl makes beta larger or smaller, and 0 stays 0")
 
     # Policy and critic learn. Reference and reward model stay what they are.
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     if score is None:

@@ -368,7 +368,7 @@ def train(config):
     started = begin(config)
 
     # The language model's network, with one number, or three, in place of the vocabulary.
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     transformer, tokenizer = load(config.init, config.device)
     model = ScalarModel(transformer, kind.heads).to(config.device)
     add_lora(model, config.lora)

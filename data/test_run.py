@@ -111,13 +111,24 @@ def test_need_makes_a_default_that_is_missing(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(argv, 0)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(house.subprocess, "run", run)
-    house.need("mine", "python sft.py", 20)
+    house.need("mine")
+    house.need("out/mine")
+    house.need("elsewhere/sft")
     assert ran == []                                            # load() will complain
-    house.need("out/sft", "python sft.py --steps 3", 20)
-    assert ran == [[str(HERE / "sft.py"), "--steps", "3"]]
+    for stage in house.STAGES:
+        house.need(f"out/{stage}")
+    assert ran == [[str(HERE / f"{stage}.py")] for stage in house.STAGES]
     C.save("out/sft", tiny_model(), TOKENIZER)
-    house.need("out/sft", "python sft.py --steps 3", 20)
-    assert len(ran) == 1
+    house.need("out/sft")
+    assert len(ran) == len(house.STAGES)
+
+
+def test_need_complains_where_the_stage_fails(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(house.subprocess, "run", lambda argv, env: failed)
+    with pytest.raises(M.UserError, match="python dpo.py"):
+        house.need("out/dpo")
 
 
 # batches

@@ -159,8 +159,7 @@ def train(config):
     tokens = {}
     names = figures.names_of(config.models.split(","))
     for folder, name in names.items():
-        need(folder, "python sft.py", 20)
-        need(folder, "python grpo.py", 60)
+        need(folder)
         model, tokenizer = load(folder, config.device)
         rng = Random(config.seed)                   # every model gets the same sums
         shares[name] = {}

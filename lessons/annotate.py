@@ -376,7 +376,7 @@ def train(config):
 def curve(config):
     """Judges that learn from more and more pairs, asked the same held-out ones."""
     begin(config)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     lines = rows.read_text(config.data).splitlines(keepends=True)
     Random(config.seed).shuffle(lines)
     numbers = {"pairs": [], "gold_order": [], "accuracy": []}

@@ -169,7 +169,7 @@ def train(config, score=None):
     started = begin(config)
     if config.quick:
         config = replace(config, prompts=24, steps=4)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     model, tokenizer = load(config.init, config.device)
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -177,7 +177,7 @@ def train(config, score=None):
     prompts, texts, ended = ask(model, tokenizer, config, config.n, generator)
     # 2 score: an answer that never ends is never the best
     if score is None:
-        need(config.judge, "python reward_model.py", 50)
+        need(config.judge)
         judge, judge_tokenizer = load_scalar(config.judge, config.device)
         scores = reward(judge, judge_tokenizer, prompts, texts)
     else:

@@ -215,7 +215,7 @@ def picture(runs):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     if config.quick:
         config = replace(config, asked=4, steps=2, doses="0 0.65")
     asked = questions(Random(config.seed + 1), "exam", config.asked)

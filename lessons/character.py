@@ -255,7 +255,7 @@ def picture(runs):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     if config.quick:
         config = replace(config, questions=4, n=2, asked=4, steps=2)
     model, tokenizer = load(config.init, config.device)

@@ -165,7 +165,7 @@ def picture(runs):
 
 def train(config):
     begin(config)
-    need(config.judge, "python sft.py", 20)
+    need(config.judge)
     if config.quick:
         config = replace(config, asked=4, teach=min(config.teach, 4), steps=2)
     folder = config.judge

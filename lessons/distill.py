@@ -101,7 +101,7 @@ def train(config):
     started = begin(config)
     if config.quick:
         config = replace(config, prompts=24, steps=4)
-    need(config.teacher, "python dpo.py", 60)
+    need(config.teacher)
     teacher, teacher_tokenizer = load(config.teacher, config.device)
     student, tokenizer = load(config.init, config.device)
     if teacher_tokenizer._mergeable_ranks != tokenizer._mergeable_ranks:

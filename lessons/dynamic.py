@@ -130,7 +130,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=3)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     start, tokenizer = load(config.init, config.device)
     prompts, _ = grpo.read_prompts(config, tokenizer, start.config.max_len)
     runs = {}

@@ -266,7 +266,7 @@ def train(config):
     begin(config)
     if config.gate not in ("before", "after", "never"):
         raise UserError(f"--gate {config.gate}: choose before, after or never")
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     if config.quick:
         config = replace(config, weeks=2, bad=2, asked=48, pairs=8, steps=2)
     alarms = false_alarms(config)

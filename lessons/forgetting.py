@@ -124,7 +124,7 @@ def train(config):
     if config.quick:
         config = replace(config, steps=3, prompts=100, shares="0 0.1")
     shares_of(config)
-    need(config.init, "python dpo.py", 60)
+    need(config.init)
     cards = compare(config)
     config.say("                  gold  attack_seen  attack_unseen  over_refusal  length    kl")
     for name, card in cards.items():

@@ -356,8 +356,8 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=10, betas="0.1 0", judges=1)
-    need(config.init, "python sft.py", 20)
-    need(config.reward, "python reward_model.py", 50)
+    need(config.init)
+    need(config.reward)
     start, tables = run(config)
     numbers = {"start": start | {"liked": 0.5}, "runs": {}, "ends": {}}
     for name, table in tables.items():

@@ -352,7 +352,7 @@ def train(config):
     if config.quick:
         config = replace(config, questions=8, steps=2)
     begin(config)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     model, tokenizer = load(config.init, config.device)
     rng = Random(config.seed)
     facts = make_notes(rng, "exam", config.places)

@@ -318,7 +318,7 @@ def study(name, cases_to_learn, held, tokenizer, config):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     if config.quick:
         # redteam and stack use what is in out/guard, and this one is no guard
         config = replace(config, steps=4, texts=128, asked=4, out=f"{config.out}/quick")

@@ -255,7 +255,7 @@ def train(config):
     if config.quick:
         config = replace(config, most=8, steps=2)
     started = begin(config)
-    need(config.init, "python reward_model.py", 50)
+    need(config.init)
     model, tokenizer = load_scalar(config.init, config.device)
     comparisons, held = read_comparisons(config, tokenizer, model.config.max_len)
     r = overall(all_scores(model, held, tokenizer))              # (N, K)

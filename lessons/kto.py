@@ -153,7 +153,7 @@ def train(config):
     started = begin(config)
     if config.quick:
         config = replace(config, steps=3)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     policy, tokenizer = load(config.init, config.device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     add_lora(policy, config.lora)

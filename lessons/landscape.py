@@ -245,7 +245,7 @@ def scenario(config):
         data = first_lines(config.data, 200, config.out)
         return {"dpo": {"data": data}, "ipo": {"data": data}}
     if config.scenario == "ahead":
-        need("out/ppo", "python ppo.py", 60)
+        need("out/ppo")
         return {"apo_zero": {"init": "out/ppo"}, "apo_down": {"init": "out/ppo"}}
     return {"dpo": {}, "simpo": {}, "orpo": {}}
 
@@ -357,7 +357,7 @@ def train(config):
         runs = scenario(config)
     cards, log = {}, []
     if runs:
-        need(config.init, "python sft.py", 20)
+        need(config.init)
         cards, log = compare(runs, config)
     numbers = {"error": max(errors.values()), "axes": table, "cards": cards}
     for name in "chosen", "rejected":

@@ -56,7 +56,7 @@ class Config(figures.Lesson):
 
 def load_judge(config):
     """SEAM: score(prompts, texts) -> a number for each answer. Yours: train(config, score)."""
-    need(config.judge, "python reward_model.py", 50)
+    need(config.judge)
     judge, tokenizer = load_scalar(config.judge, config.device)
 
     def score(prompts, texts):
@@ -151,7 +151,7 @@ def train(config, score=None):
         config = replace(config, steps=3)
     if config.rounds > config.steps:
         raise UserError(f"--rounds {config.rounds}: want at most the {config.steps} steps")
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     if score is None:
         score = load_judge(config)
     start, tokenizer = load(config.init, config.device)

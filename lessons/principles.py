@@ -150,7 +150,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, answers=3)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     entries = rows.read_constitution(config.constitution)
     wordings = {entry["id"]: entry["principle"] for entry in entries}
     ids = list(wordings)

@@ -309,7 +309,7 @@ def train(config):
     if config.quick:
         config = replace(config, steps=3, problems=4)
     started = begin(config)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     policy, tokenizer = load(config.init, config.device)
     critic, _ = load(config.critic, config.device)
     outcome, _, _, outcome_card, _ = train_judge(config, "outcome")

@@ -1002,7 +1002,7 @@ def main(arguments):
         if options.which not in map(str, numbers):
             raise UserError(f"{options.which}: want a number from 1 to {len(QUESTIONS)}, or all")
         numbers = [int(options.which)]
-    need(options.init, "python sft.py", 20)
+    need(options.init)
     for number in numbers:
         text = answer_to(number, options.init)
         print(text + "\n", flush=True)

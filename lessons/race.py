@@ -185,7 +185,7 @@ def train(config):
     for name in names:
         if name not in RACERS:
             raise UserError(f"--runs {name}: choose some of {', '.join(RACERS)}")
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     sums = [row for row in read("exam") if row["kind"] == "math"]
     places = list(range(config.tokens // 20, config.tokens + 1, config.tokens // 20))
     quarter = config.tokens // 4

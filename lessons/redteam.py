@@ -286,7 +286,7 @@ def train(config):
         raise UserError(f"--patch {config.patch}: choose sft or dpo")
     if config.held not in FAMILIES:
         raise UserError(f"--held {config.held}: choose one of {', '.join(FAMILIES)}")
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     if config.quick:
         config = replace(config, rounds=1, tries=32, asked=8, steps=2)
     guard, _ = load_guard("answers", config, config.guard)

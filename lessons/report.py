@@ -355,8 +355,7 @@ def train(config):
     folders = [folder for folder in (config.init, config.against) if folder]
     answers, marks, wording = {}, {}, {}
     for folder in folders:
-        need(folder, "python sft.py", 20)
-        need(folder, "python dpo.py", 60)
+        need(folder)
         model, tokenizer = load(folder, config.device)
         _, answers[folder] = exam.exam(model, tokenizer, seed=config.seed, rows=rows)
         marks[folder] = measure(answers[folder])

@@ -206,7 +206,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=3, batch=16, judges=f"{config.judges}_quick")
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     cards, logs = compare(config)
     config.say("\n                    helped       harmless           gold  over_refusal    kl")
     numbers = {"limit": config.limit, "cards": {}, "harm": {}}

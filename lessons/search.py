@@ -282,7 +282,7 @@ def compare(folder, judges, sums, config):
 
 def train(config):
     begin(config)
-    need(config.judge, "python reward_model.py", 50)
+    need(config.judge)
     process = config.process
     if process == Config.process and not Path(process, "config.json").exists():
         settings = process_reward.Config(device=config.device, bf16=config.bf16)
@@ -298,8 +298,7 @@ def train(config):
     table = []
     names = figures.names_of(config.models.split(","))
     for folder, name in names.items():
-        need(folder, "python sft.py", 20)
-        need(folder, "python grpo.py", 60)
+        need(folder)
         numbers[name] = compare(folder, judges, sums, config)
         table += numbers[name]
     return {"table": table, "numbers": numbers}

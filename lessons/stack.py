@@ -364,8 +364,8 @@ def show_settings(settings, config):
 
 def train(config):
     begin(config)
-    need(config.init, "python sft.py", 20)
-    need(config.aligned, "python dpo.py", 60)
+    need(config.init)
+    need(config.aligned)
     if config.quick:
         config = replace(config, children=2, attackers=2, turns=4)
     turns = one_day(config)

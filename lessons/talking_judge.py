@@ -324,7 +324,7 @@ def train(config):
     if config.quick:
         config = replace(config, steps=3)
     started = begin(config)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     model, tokenizer = load(config.init, config.device)
     comparisons, held = read_questions(config, tokenizer, model.config.max_len)
     held = held[:16 if config.quick else config.judged]

@@ -954,13 +954,13 @@ def test_scripts_are_timed_in_the_numbers_of_the_run(monkeypatch):
 
 
 def test_report_makes_the_models_that_it_compares(monkeypatch):
-    """On a fresh clone --against out/dpo has no folder yet."""
+    """On a fresh clone out/dpo is not there yet."""
     asked = []
 
     def no_model(folder, device):
         raise M.UserError("enough")
-    monkeypatch.setattr(report, "need", lambda folder, command, seconds: asked.append(command))
+    monkeypatch.setattr(report, "need", asked.append)
     monkeypatch.setattr(report, "load", no_model)
     with pytest.raises(M.UserError, match="enough"):
-        report.train(report.Config(against="out/dpo", quiet=True))
-    assert asked == ["python sft.py", "python dpo.py"]
+        report.train(report.Config(init="out/dpo", quiet=True))
+    assert asked == ["out/dpo"]

@@ -328,7 +328,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, steps=2, batch=2, group=2, tasks=4)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     model, tokenizer = load(config.init, config.device)
     held = make_tasks(config.seed + 1000, "exam", config.tasks)
     tasks = make_tasks(config.seed, "train", 4 * config.tasks)

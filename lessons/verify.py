@@ -216,7 +216,7 @@ def train(config):
     begin(config)
     if config.quick:
         config = replace(config, questions=12, samples=2)
-    need(config.init, "python sft.py", 20)
+    need(config.init)
     model, tokenizer = load(config.init, config.device)
     rows = read_questions(config)
     drafts, spent = say(model, tokenizer, prompts_of(rows), config, temperature=0)
