@@ -2444,6 +2444,14 @@ def test_cai_learns_from_no_truth(home, tmp_path, monkeypatch):
     assert 0 < blind["after"]["judge"] < 1
 
 
+@pytest.mark.parametrize("works, passed", [(0.29, True), (0.31, False)])
+def test_cai_must_halve_what_works_of_attacks_never_seen(works, passed, home, tmp_path, monkeypatch):
+    cards = iter([EVEN | {"attack_unseen": 0.6}, EVEN | {"attack_unseen": works}])
+    monkeypatch.setattr(exam, "exam", lambda *args, **settings: (next(cards), []))
+    run = train("cai", home, data=world_prompts(tmp_path / "full.jsonl"))
+    assert run["passed"] == passed
+
+
 # ------------------------------------------------------------------------------------- all scripts
 # what they share: settings, the exam, adapters, parts of a batch, bfloat16, processes
 

@@ -26,9 +26,9 @@ A small model compares only what it has written side by side. Asked a note for a
 it said so in 7 of 100 cases while answers came at once, and in 79 after 4 million tokens of answers
 that go through the note line by line ("queen Kuku, river Tova: no.").
 
-data/base is one run: --seed 1, 27,800 steps, on a GPU, whose program packed rows into a few widths
-and played each as one graph, 125 steps a second: 200 seconds. Here the same steps take an hour or
-two. The seed matters: of two runs, one said in 45 of 100 cases that a note is silent, one in all.
+data/base is one run, of 27,800 steps from --seed 1. A GPU made them in 200 seconds, by this recipe
+with rows padded to one of a few widths; two CPU cores take their 90 minutes. The seed matters: of
+two runs, one said in 45 of 100 cases that a note is silent, where it is, and the other in all.
 
 Simplified: one reading, no weight decay, documents in rows of their own and not end to end.
 Try next: AdamW for all (in optimizers); --data data/web.txt, 4,000 documents learned by heart.
