@@ -55,7 +55,7 @@ from model import UserError, render_prompt, sample, token_logps
 class Config(Settings):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt" and "answer"
     out: str = "out/grpo"     # write here
-    steps: int = 50           # batches of answers
+    steps: int = 30           # batches of answers
     batch: int = 16           # P: prompts a step
     group: int = 8            # G: answers to each of them
     lr: float = 5e-4          # peak learning rate

@@ -62,7 +62,7 @@ from model import (ScalarModel, UserError, collate, end_scores, render_answer, r
 class Config(Settings):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt"
     out: str = "out/ppo"      # write here
-    steps: int = 28           # batches of answers
+    steps: int = 24           # batches of answers
     batch: int = 64           # B: answers a step
     lr: float = None          # peak learning rate (default: see ALGORITHMS)
     algorithm: str = "ppo"    # reinforce, rloo or ppo
