@@ -18,7 +18,7 @@ answer is at rho 1.5, it counts for min(1.5 x 0.82, 1.2 x 0.82) = 0.98, a consta
 is 0.
 
     python grpo.py                   out/sft -> out/grpo on sums. The last line:
-                                     PASS math_greedy 0.02 -> 0.98 (target 0.95)
+                                     PASS math_greedy 0.18 -> 1.00 (target 0.95)
     python grpo.py --loss gspo --epochs 2      another method; FAMILY is a map of them. (With one
                                      epoch rho is 1: only std and weights tell them apart.)
     python grpo.py --verifier naive --max-new 16      a verifier with a hole: reward without truth
