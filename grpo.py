@@ -1,6 +1,6 @@
 """Group relative policy optimisation (GRPO): learning to reason from answers that can be checked.
 
-No data here show how a sum is done; the base has read that on the web. The model answers each
+Its prompts do not show how a sum is done; the base has read that on the web. The model answers each
 prompt G times, a verifier checks that, and what did better than its group becomes likelier. Answers
 that show their work are right more often, so soon the model shows its work. For a prompt, its
 answers o_1 .. o_G, rewards r_1 .. r_G and the policy pi_old that wrote them (Shao et al. 2024,

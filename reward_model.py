@@ -22,8 +22,8 @@ A line of mine.jsonl is {"prompt": "...", "chosen": "...", "rejected": "..."}; f
 {"prompt": "...", "responses": ["the best", "...", "the worst"]}, and multi wants "marks" beside.
 
 Of two answers this judge prefers the better one 80 times in 100; who knew just how the annotators
-vote would do so 90 times. A compliment before an answer raises its score by about 0.5, which moves
-a vote from 50 to 62%: it has learned its annotators' weakness.
+vote would do so 90 times. A compliment before an answer raises its score by about 0.6, which moves
+a vote from 50 to 65%: it has learned its annotators' weakness.
 
 Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): a tiny network, a few hundred steps.
 Judges that are read elsewhere have files of their own: at every step of a solution (python -m

@@ -200,7 +200,7 @@ def train(config):
         clip_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log: batches differ, so the loss is jumpy; compare held_out on the two cards
+        # 5 log: batches differ, so the loss is jumpy; held_out is of the same rows
         log(step, loss=total, targets=count)
     merge_lora(model)
     if config.save:

@@ -233,7 +233,7 @@ def scenario(config):
     """What is the case, and what is tried -> names of losses, and what is changed for each.
 
     noisy    a third of the labels is wrong: a loss that knows it, or one that has enough
-    few      200 pairs, of which 150 are seen fifteen times: one that never has enough, or that does
+    few      200 pairs, of which 150 are seen ten times: one that never has enough, or that does
     ahead    the model is better than the winners: push them up, or both down
     small    no memory for a second model: a loss without a reference
     """
