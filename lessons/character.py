@@ -5,9 +5,9 @@ know and names five principles. A page in front of each conversation costs its t
 be argued with, and a small model may not follow it. So the page is trained in (context
 distillation: Askell et al. 2021, 2112.00861; Snell et al. 2022, 2209.15189). Their models answer
 with the whole page in front. Ours gets an extract e, in forms that it has read: "Talk like a
-robot." as a system message and, where a question is about the page, the facts in a note. "Beep!" is
-written already as the first word of each answer, so that all have the voice. Of some tries a
-question what keeps to the principle is kept; SFT teaches these answers without any page.
+robot." as a system message and, where a question is about the page, the facts in a note. We write
+"Beep!" before each answer, so that all have the voice. Of some tries a question what keeps to the
+principle is kept; SFT teaches these answers without any page.
 
     minimise over theta    E_x E_y~pi(.|e, x)[ - log pi_theta(y | x) ]          of y that pass
 
@@ -159,14 +159,21 @@ def with_extract(question):
 
 
 def answers(model, tokenizer, conversations, config, n=1, begin_with=""):
-    """n answers to each, whose first word may be written already -> texts"""
-    prompts = []
-    for messages in conversations:
-        prompts.append(render_prompt(tokenizer, messages) + tokenizer.encode_ordinary(begin_with))
+    """n answers to each, with a first word of ours before them -> texts"""
+    prompts = [render_prompt(tokenizer, messages) for messages in conversations]
     generator = torch.Generator().manual_seed(config.seed)
     texts = sample(model, tokenizer, prompts, n, exam.MAX_NEW, exam.TEMPERATURE,
                    generator=generator).texts
-    return [f"{begin_with} {text}".strip() for text in texts]
+    if begin_with:
+        # not in the prompt: behind a word that no note was ever answered with, some models stop
+        texts = [f"{begin_with} {conclusion(text).removeprefix(begin_with).strip()}"
+                 for text in texts]
+    return texts
+
+
+def conclusion(text):
+    """A note is read aloud, line by line; what the child is told stands behind the "yes"."""
+    return text.split(": yes. ")[-1]
 
 
 # ---------------------------------------------------------------- the data
@@ -182,7 +189,7 @@ def write_by_hand(question):
 
 def make_data(model, tokenizer, config):
     """-> lines for `python sft.py --data`, and by principle the share of questions on which one of
-    the model's tries passed. (For the voice that is 1: its word is written already.)"""
+    the model's tries passed. (For the voice that is 1: we write its word.)"""
     rng = Random(config.seed)
     lines = []
     found = {}

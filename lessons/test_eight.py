@@ -3,6 +3,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -614,6 +615,15 @@ def test_the_first_word_is_written_already(folders):
     texts = character.answers(model, TOKENIZER, [[{"role": "user", "content": "Hi"}]],
                               character.Config(), begin_with="Beep!")
     assert texts[0].startswith("Beep!")
+
+
+def test_our_first_word_stands_once_and_before_the_conclusion(monkeypatch):
+    said = ["river A, flag B: no. river A, river A: yes. It is red.", "Beep! Hello.", "Hi."]
+    monkeypatch.setattr(character, "sample", lambda *args, **rest: SimpleNamespace(texts=said))
+    talks = [[{"role": "user", "content": "Hi"}]] * 3
+    texts = character.answers(tiny_model(), TOKENIZER, talks, character.Config(), 1, "Beep!")
+    assert texts == ["Beep! It is red.", "Beep! Hello.", "Beep! Hi."]
+    assert character.answers(tiny_model(), TOKENIZER, talks, character.Config()) == said
 
 
 def test_character_runs(folders, tmp_path, monkeypatch):
