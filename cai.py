@@ -55,7 +55,7 @@ from model import (PAD, Example, UserError, collate, pad, render_answer, render_
 class Config(Settings):
     data: str = "data/prompts.jsonl"  # JSON lines with "prompt", some of them with "attack"
     out: str = "out/cai"      # write here
-    steps: int = 30           # optimiser steps on the verdicts
+    steps: int = 45           # optimiser steps on the verdicts
     lr: float = 3e-4          # peak learning rate on the verdicts
     constitution: str = "data/constitution.json"  # a list of {"id", "principle"}
     order: str = "draw"       # of the principles: draw (by lot), or first (as in the file)
