@@ -194,7 +194,7 @@ def check_out(out):
 
 
 # what each script takes on two cores, in seconds
-STAGES = {"sft": 20, "reward_model": 50, "ppo": 60, "grpo": 50, "dpo": 45, "cai": 55}
+STAGES = {"sft": 15, "reward_model": 45, "ppo": 50, "grpo": 25, "dpo": 35, "cai": 45}
 
 
 def need(folder):
