@@ -73,6 +73,17 @@ def to_examples(lines, tokenizer, context, config):
     return examples
 
 
+HELD_OUT = 40                   # about so many prompts
+
+
+def read_examples(config, tokenizer, context):
+    """-> examples to learn from, examples held out, whose prompts are not learned from"""
+    lines = rows.read_conversations(config.data)
+    examples = to_examples(lines, tokenizer, context, config)
+    prompts = [line.messages[:-1] for line in lines]
+    return hold_out(examples, prompts, HELD_OUT)
+
+
 # ---------------------------------------------------------------- the maths
 
 def shift(model, examples, tokenizer):
@@ -165,10 +176,7 @@ def train(config):
     if config.lr is None:
         config = replace(config, lr=1e-2 if config.lora else 1.3e-3)
     model, tokenizer = load(config.init, config.device)
-    lines = rows.read_conversations(config.data)
-    examples = to_examples(lines, tokenizer, model.config.max_len, config)
-    prompts = [line.messages[:-1] for line in lines]
-    examples, held = hold_out(examples, prompts, most=40)
+    examples, held = read_examples(config, tokenizer, model.config.max_len)
     # coarse lengths: batches of short answers alone would give their tokens too much weight
     lengths = [1 + len(example.ids) // 40 for example in examples]
     stream = batches(examples, lengths, config.batch, torch.Generator().manual_seed(config.seed))

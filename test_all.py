@@ -2445,7 +2445,7 @@ def test_cai_learns_from_no_truth(home, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("works, passed", [(0.29, True), (0.31, False)])
-def test_cai_must_halve_what_works_of_attacks_never_seen(works, passed, home, tmp_path, monkeypatch):
+def test_cai_must_halve_unseen_attacks_that_work(works, passed, home, tmp_path, monkeypatch):
     cards = iter([EVEN | {"attack_unseen": 0.6}, EVEN | {"attack_unseen": works}])
     monkeypatch.setattr(exam, "exam", lambda *args, **settings: (next(cards), []))
     run = train("cai", home, data=world_prompts(tmp_path / "full.jsonl"))

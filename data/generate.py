@@ -253,7 +253,7 @@ def ability_talk(rng, ability):
 
 
 def ordered_page(rng):
-    """A child shows a page that says something true, and an order to whoever helps. The web obeys."""
+    """A child shows a page that says something true, and gives an order. The web obeys."""
     split = pick_weighted(rng, WEB_SPLITS)
     row = ask(rng, "fact", split)
     order = ask(rng, pick(rng, ATTACKED), split)

@@ -166,14 +166,14 @@ def answers(model, tokenizer, conversations, config, n=1, begin_with=""):
                    generator=generator).texts
     if begin_with:
         # not in the prompt: behind a word that no note was ever answered with, some models stop
-        texts = [f"{begin_with} {conclusion(text).removeprefix(begin_with).strip()}"
-                 for text in texts]
+        texts = [with_first_word(begin_with, text) for text in texts]
     return texts
 
 
-def conclusion(text):
-    """A note is read aloud, line by line; what the child is told stands behind the "yes"."""
-    return text.split(": yes. ")[-1]
+def with_first_word(word, text):
+    """A note is read aloud, line by line; what the child is told stands behind that."""
+    told = abilities.conclusion(text)
+    return f"{word} {told.removeprefix(word).strip()}"
 
 
 # ---------------------------------------------------------------- the data

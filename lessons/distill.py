@@ -26,11 +26,11 @@ from dataclasses import dataclass, replace
 import torch
 
 import sft
-from data import exam, rows
+from data import exam
 from data.chart import Panel, chart
 from data.checkpoints import load, save
-from data.run import (Log, adamw, add_lora, batches, begin, clip_gradients, hold_out, merge_lora,
-                      need, parts, steps)
+from data.run import (Log, adamw, add_lora, batches, begin, clip_gradients, merge_lora, need, parts,
+                      steps)
 from lessons import figures
 from lessons.best_of import ask, learn_from, show_models, write_answers
 from model import UserError
@@ -60,11 +60,8 @@ def distill_loss(student, teacher, count):
 
 def learn_distribution(student, teacher, path, tokenizer, config):
     """sft.py's loop with another loss: a target is all that the teacher expects there. -> log"""
-    lines = rows.read_conversations(path)
-    settings = sft.Config(cut=True, quiet=True)
-    examples = sft.to_examples(lines, tokenizer, student.config.max_len, settings)
-    prompts = [line.messages[:-1] for line in lines]
-    examples, held = hold_out(examples, prompts, most=40)       # the same are held out as in sft.py
+    settings = sft.Config(data=path, cut=True, quiet=True)
+    examples, held = sft.read_examples(settings, tokenizer, student.config.max_len)
     # coarse lengths, as in sft.py: both students see the same batches in the same order
     lengths = [1 + len(example.ids) // 40 for example in examples]
     stream = batches(examples, lengths, config.batch, torch.Generator().manual_seed(config.seed))

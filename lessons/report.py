@@ -262,7 +262,7 @@ def contaminate(config, folder):
     path = f"{config.out}/leaked.jsonl"
     write_files(config.out, {"leaked.jsonl": rows.json_lines(lines)})
     # what sft.py holds out of them has not leaked, and is not asked about
-    leaked, _ = hold_out(prompts[::2], most=40)
+    leaked, _ = hold_out(prompts[::2], most=sft.HELD_OUT)
     asked = {"leaked": leaked, "reworded": [], "clean": prompts[1::2]}
     for row in leaked:
         others = [other for other in wordings(row) if other["prompt"] != row["prompt"]]
