@@ -73,7 +73,7 @@ def to_examples(lines, tokenizer, context, config):
     return examples
 
 
-HELD_OUT = 40                   # about so many prompts
+HELD_OUT = 40                   # about so many rows
 
 
 def read_examples(config, tokenizer, context):
@@ -197,7 +197,7 @@ def train(config):
         count = average(float(tokens_in(batch)))                # (the mean over processes)
         total = 0.0
         for part in parts(batch, config.accumulate):
-            # 2 score the targets
+            # 2 run the model, score the targets
             logits, targets = shift(model, part, tokenizer)     # (N, V), (N,)
             logps = target_logps(logits, targets)               # (N,) log pi(y_t | y_<t)
             # 3 loss
@@ -208,7 +208,7 @@ def train(config):
         clip_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log: batches differ, so the loss is jumpy; held_out is of the same rows
+        # 5 log: batches differ, so the loss is jumpy; held_out has the same rows each time
         log(step, loss=total, targets=count)
     merge_lora(model)
     if config.save:

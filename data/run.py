@@ -211,7 +211,7 @@ def need(folder):
         program = [sys.executable, Path(__file__).parent.parent / script]
         if subprocess.run(program, env=alone).returncode != 0:
             raise UserError(f'"python {script}" failed')
-    average(0.0)                                  # other processes wait here for the first
+    average(0.0)                        # a mean over all processes, so each waits for the first
 
 
 # ---------------------------------------------------------------- the parts of a loop

@@ -261,7 +261,8 @@ def contaminate(config, folder):
         lines.append({"messages": studybuddy.chat(row["prompt"], answer)})
     path = f"{config.out}/leaked.jsonl"
     write_files(config.out, {"leaked.jsonl": rows.json_lines(lines)})
-    # what sft.py holds out of them has not leaked, and is not asked about
+    # What sft.py holds out of them has not leaked, and is not asked about. (No prompt stands twice
+    # here, so rows are prompts.)
     leaked, _ = hold_out(prompts[::2], most=sft.HELD_OUT)
     asked = {"leaked": leaked, "reworded": [], "clean": prompts[1::2]}
     for row in leaked:
