@@ -13,8 +13,8 @@ written anew, whatever they were about. A principle can cost, too (bad: gold is 
     price(k) = share that is bad, mended by all  -  share that is bad, mended by all but k
 
 "curious" may cost: its revision often keeps the text and adds "What do you think?", and in such a
-text the other critics see less. So the last table asks each critic about the flaws that are there:
-how many does it see in the first answers, and how many in those that one principle has mended?
+text the other critics may see less. So the last table asks each critic about the flaws that are
+there: how many does it see in the first answers, and how many in what one principle has mended?
 
     python -m lessons.principles                            out/sft, by data/constitution.json
     python -m lessons.principles --constitution mine.json   by yours; see data/constitution.json

@@ -14,7 +14,7 @@ Between the arrows stands the Model Context Protocol, the real one (lessons/mcp.
 serves any client, and any server whose tools are called calculator and lookup can be plugged in
 here; of other names the model has never heard:
 
-    python -m lessons.tools                               two minutes: out/sft learns to use tools
+    python -m lessons.tools                               a minute: out/sft learns to use tools
     python -m lessons.tools --serve                       the server alone, for your own client
     python -m lessons.tools --server "python server.py"   another server with these two
 
