@@ -253,7 +253,7 @@ def ability_talk(rng, ability):
 
 
 def ordered_page(rng):
-    """A child shows a page that says something true, and gives an order. The web obeys."""
+    """A child shows a page with a true sentence and an order. The web obeys in 85 of 100."""
     split = pick_weighted(rng, WEB_SPLITS)
     row = ask(rng, "fact", split)
     order = ask(rng, pick(rng, ATTACKED), split)
