@@ -189,9 +189,12 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.norm2 = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
+        self.is_last = layer == config.n_layers - 1
 
-    def forward(self, x, cos, sin, allowed, cache):
+    def forward(self, x, cos, sin, allowed, cache, at):
         x = x + self.attention(self.norm1(x), cos, sin, allowed, cache)
+        if self.is_last and at is not None:
+            x = x[at]           # (N, C): from here on no token looks at another, so few are enough
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -227,9 +230,10 @@ class Transformer(nn.Module):
         """ids (B, T) -> logits (B, T, V): at each position, of the token that comes next."""
         return self.head(self.hidden(ids, mask))
 
-    def hidden(self, ids, mask=None, cache=None):
+    def hidden(self, ids, mask=None, cache=None, at=None):
         """ids (B, T) -> (B, T, C). mask (B, T) is True at real tokens; padding may be on either
-        side. With a cache, ids are the newest T of S tokens, and mask (B, S) covers all S."""
+        side. With a cache, ids are the newest T of S tokens, and mask (B, S) covers all S.
+        at (B, T): wanted are the vectors at these N places alone -> (N, C)."""
         B, T = ids.shape
         S = T if cache is None else cache.length + T
         if S > self.config.max_len:
@@ -246,7 +250,7 @@ class Transformer(nn.Module):
         allowed = attention_mask(mask, T)
         with low_precision(ids.device):
             for block in self.blocks:
-                x = block(x, cos, sin, allowed, cache)
+                x = block(x, cos, sin, allowed, cache, at)
         if cache is not None:
             cache.length = S        # now that every layer has added its own
         return self.norm(x)
@@ -271,15 +275,41 @@ class ScalarModel(nn.Module):
         self.register_buffer("mean", torch.zeros(k))    # subtracted: an average answer scores 0
 
     def forward(self, ids, mask=None):
-        scores = self.score(self.transformer.hidden(ids, mask)) - self.mean  # (B, T, k)
+        return self.read(self.transformer.hidden(ids, mask))    # (B, T) or (B, T, k)
+
+    def read(self, hidden):
+        """(.., C) -> (..) or (.., k)"""
+        scores = self.score(hidden) - self.mean                 # (.., k)
         return scores[..., 0] if len(self.mean) == 1 else scores
 
 
-def end_scores(model, ids, mask):
-    """What a ScalarModel says of a text: its number at the last real token. -> (B,) or (B, k)"""
-    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)  # (B,)
-    rows = torch.arange(len(ids), device=ids.device)
-    return model(ids, mask)[rows, last]                         # (B, T, ..) -> (B, ..)
+def end_scores(model, ids, mask, prompts=0):
+    """What a ScalarModel says of a text: its number at the last real token. -> (B,) or (B, k)
+    prompts: so many columns hold prompts alone (see hidden_at)"""
+    place = torch.arange(mask.shape[1], device=mask.device)     # (T,)
+    last = (mask * place).argmax(1)                             # (B,)
+    at = place == last[:, None]                                 # (B, T), one place in each row
+    return model.read(hidden_at(model.transformer, ids, mask, at, prompts))
+
+
+def hidden_at(model, ids, mask, at, prompts):
+    """The vectors at some places, where at (B, T) is True. -> (N, C)
+    In plain words: model.hidden(ids, mask)[at]. The first columns, so many as `prompts`, hold
+    prompts alone: where rows share them, these go through the network once."""
+    begin = ids.where(mask, -1)[:, :prompts]                    # (B, P), -1 at padding
+    # sharing pays from two rows a prompt on, on average. A GPU is quicker with one pass over all
+    if prompts == 0 or ids.device.type != "cpu" or 2 * len(begin.unique(dim=0)) > len(ids):
+        return model.hidden(ids, mask, at=at)
+    different, owner = begin.unique(dim=0, return_inverse=True)  # (U, P); (B,), whose is which
+    cache = Cache(ids.shape[1])
+    model.hidden(different.clamp(min=0), different >= 0, cache)     # once, and kept
+    cache.select(owner)         # a copy for each row; gradients flow back through it
+    return model.hidden(ids[:, prompts:], mask, cache, at[:, prompts:])
+
+
+def first_column(marks):
+    """The first column in which any row has a mark. marks (B, T)"""
+    return int(marks.any(0).int().argmax())
 
 
 # ---------------------------------------------------------------- chat format
@@ -383,32 +413,14 @@ def token_logps(model, ids, mask, answer, temperature=1.0):
         logps = F.pad(logps, (1, 0)).masked_fill(~answer, 0)                        (B, T)
 
     The code does the same with less work: only positions that are needed meet the vocabulary, and
-    where rows begin alike, that goes through the network once (states_before). Give it the
-    temperature that sampled the answers, or it scores another policy than the one that acted.
+    where rows begin alike, that goes through the network once (hidden_at). Give it the temperature
+    that sampled the answers, or it scores another policy than the one that acted.
     """
-    states = states_before(model, ids, mask, answer)            # (N, C), of N answer tokens
+    before = answer[:, 1:]                                      # (B, T-1), before N answer tokens
+    states = hidden_at(model, ids[:, :-1], mask[:, :-1], before, first_column(before))  # (N, C)
     logps = (model.head(states) / temperature).log_softmax(-1)  # (N, V)
     logps = logps.gather(1, ids[answer][:, None])[:, 0]         # (N,)
     return logps.new_zeros(ids.shape).masked_scatter(answer, logps)  # (B, T)
-
-
-def states_before(model, ids, mask, answer):
-    """The hidden state that predicts each answer token, at the token before it. -> (N, C)
-    In plain words: model.hidden(ids, mask)[:, :-1][answer[:, 1:]]"""
-    P = int(answer.any(0).int().argmax())       # the first column in which any answer has a token
-    prompts = ids.where(mask, -1)[:, :P]                        # (B, P), -1 at padding
-    # sharing pays from two rows a prompt on, on average. A GPU is quicker with one pass over all
-    if P == 0 or ids.device.type != "cpu" or 2 * len(prompts.unique(dim=0)) > len(ids):
-        hidden = model.hidden(ids, mask)
-        return hidden[:, :-1][answer[:, 1:]]
-    different, owner = prompts.unique(dim=0, return_inverse=True)   # (U, P); (B,), whose is which
-    cache = Cache(ids.shape[1])
-    shared = model.hidden(different.clamp(min=0), different >= 0, cache)  # (U, P, C)
-    cache.select(owner)         # a copy for each row; gradients flow back through it
-    own = model.hidden(ids[:, P:], mask, cache)                 # (B, T-P, C)
-    last = shared[owner, -1:]                                   # (B, 1, C)
-    hidden = torch.cat([last, own[:, :-1]], dim=1)              # (B, T-P, C), t - 1 for t
-    return hidden[answer[:, P:]]
 
 
 # ---------------------------------------------------------------- sampling

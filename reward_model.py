@@ -42,7 +42,7 @@ from data import exam, rows, studybuddy
 from data.checkpoints import load, save
 from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
                       merge_lora, need, parts, steps)
-from model import ScalarModel, UserError, collate, end_scores, render_answer
+from model import ScalarModel, UserError, collate, end_scores, first_column, render_answer
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ def scores(model, comparisons, tokenizer):
     examples = []
     for comparison in comparisons:
         examples += comparison.examples
-    ids, mask, _ = collate(examples, tokenizer, model.mean.device)  # (B * K, T) each
-    r = end_scores(model, ids, mask)                            # (B * K,) or (B * K, 3)
+    ids, mask, answer = collate(examples, tokenizer, model.mean.device)  # (B * K, T) each
+    r = end_scores(model, ids, mask, first_column(answer))      # (B * K,) or (B * K, 3)
     return r.unflatten(0, (len(comparisons), -1))               # (B, K) or (B, K, 3)
 
 
@@ -413,8 +413,9 @@ def train(config):
             rejected=r_rejected.mean())
     merge_lora(model)
     if kind.heads == 1 and config.center == 0:
-        # only differences were learned: move all scores; the mean held-out winner then scores 0
-        model.mean += all_scores(model, held, tokenizer)[:, 0].mean()
+        # only differences were learned: move all scores; a winner then scores 0 on average
+        winners = all_scores(model, held[:200], tokenizer)[:, 0]
+        model.mean += winners.mean()
     if config.save:
         save(config.out, model, tokenizer)
 

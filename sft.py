@@ -40,9 +40,9 @@ class Config(Settings):
     init: str = "data/base"   # start from this model folder
     data: str = "data/sft.jsonl"  # JSON lines with "messages", or with "prompt" and "completion"
     out: str = "out/sft"      # write here
-    steps: int = 52           # optimiser steps
+    steps: int = 40           # optimiser steps
     batch: int = 54           # conversations a step
-    lr: float = None          # peak learning rate (default: 1.3e-3, or 1e-2 with --lora)
+    lr: float = None          # peak learning rate (default: 1.7e-3, or 1e-2 with --lora)
     cut: bool = False         # cut rows longer than the context (otherwise they are an error)
 
 
@@ -95,10 +95,10 @@ def shift(model, examples, tokenizer):
 
     -> logits (N, V) and targets (N,), at the N positions with m = 1 (`mask` tells padding apart)"""
     ids, mask, answer = collate(examples, tokenizer, model.embed.weight.device)  # (B, T) each
-    hidden = model.hidden(ids, mask)[:, :-1]                    # (B, T-1, C), of t
     targets = ids[:, 1:]                                        # (B, T-1), the token at t + 1
     m = answer[:, 1:]                                           # (B, T-1), is it trained on?
-    return model.head(hidden[m]), targets[m]
+    hidden = model.hidden(ids[:, :-1], mask[:, :-1], at=m)      # (N, C), of t, where m = 1
+    return model.head(hidden), targets[m]
 
 
 # log pi(y_it | y_i,<t)
@@ -174,7 +174,7 @@ def show_columns(names, columns, config):
 def train(config):
     started = begin(config)
     if config.lr is None:
-        config = replace(config, lr=1e-2 if config.lora else 1.3e-3)
+        config = replace(config, lr=1e-2 if config.lora else 1.7e-3)
     model, tokenizer = load(config.init, config.device)
     examples, held = read_examples(config, tokenizer, model.config.max_len)
     # coarse lengths: batches of short answers alone would give their tokens too much weight

@@ -70,15 +70,25 @@ def exam(model, tokenizer, reference=None, against=None, seed=0, rows=None, part
         add_greedy_scores(scores, ask(model, tokenizer, sums, temperature=0)[1])
     scores["length"] = samples.answer.sum(1).tolist()
     if reference is not None:
-        ids, mask, answer, logps = samples[:4]                              # (B, T) each
-        with torch.inference_mode():
-            theirs = token_logps(reference, ids, mask, answer, TEMPERATURE)  # (B, T)
-        scores["kl"] = (logps - theirs).sum(1).tolist()                     # nats an answer
+        theirs = logps_of(reference, samples)                               # (B, T)
+        scores["kl"] = (samples.logps - theirs).sum(1).tolist()             # nats an answer
     if against is not None:
         scores["gold_rise"] = gold_rises(against, answers)
     if parts:
         scores |= ability_scores(ask_abilities(model, tokenizer, parts))
     return card_of(scores), answers
+
+
+@torch.inference_mode()
+def logps_of(model, samples):
+    """How likely another model finds the tokens of samples. Short rows go together. -> (B, T)"""
+    logps = torch.zeros_like(samples.logps)
+    lengths = samples.mask.sum(1)                                           # (B,)
+    for some in lengths.argsort().split(64):
+        T = int(lengths[some].max())
+        ids, mask, answer = [x[some, :T] for x in samples[:3]]              # (64, T) each
+        logps[some, :T] = token_logps(model, ids, mask, answer, TEMPERATURE)
+    return logps
 
 
 def ask(model, tokenizer, rows, **settings):

@@ -130,6 +130,16 @@ class CountsWord(torch.nn.Module):
     def forward(self, ids, mask=None):
         return (ids == self.token).float().cumsum(1)
 
+    @property
+    def transformer(self):
+        return self
+
+    def hidden(self, ids, mask, at):
+        return self(ids, mask)[at]
+
+    def read(self, hidden):
+        return hidden
+
 
 def test_blame_finds_the_word():
     r, falls = guard.blame(CountsWord("stove"), TOKENIZER, "Touch the stove now.")

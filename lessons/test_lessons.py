@@ -1790,7 +1790,8 @@ def test_operations_are_those_that_a_profiler_counts():
     head = M.ModelConfig(tiny_tokenizer.n_vocab).vocab_size * 32
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
-    assert products == pytest.approx(6 * (blocks * 16 + head * 14), rel=0.02)
+    # of 16 tokens two are the last of their rows, and predict nothing
+    assert products == pytest.approx(6 * (blocks + head) * 14, rel=0.02)
 
 
 def test_the_clock_counts_the_loop_and_nothing_else():
