@@ -194,7 +194,7 @@ class Block(nn.Module):
     def forward(self, x, cos, sin, allowed, cache, at):
         x = x + self.attention(self.norm1(x), cos, sin, allowed, cache)
         if self.is_last and at is not None:
-            x = x[at]           # (N, C): from here on no token looks at another, so few are enough
+            x = x[at]           # (N, C): no attention follows, so the other tokens can go
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -233,7 +233,7 @@ class Transformer(nn.Module):
     def hidden(self, ids, mask=None, cache=None, at=None):
         """ids (B, T) -> (B, T, C). mask (B, T) is True at real tokens; padding may be on either
         side. With a cache, ids are the newest T of S tokens, and mask (B, S) covers all S.
-        at (B, T): wanted are the vectors at these N places alone -> (N, C)."""
+        at (B, T) is True at the N places whose vectors are wanted, if not all are -> (N, C)."""
         B, T = ids.shape
         S = T if cache is None else cache.length + T
         if S > self.config.max_len:
@@ -272,39 +272,40 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(self.config.d_model, k, bias=False)
         std = 1 / math.sqrt(self.config.d_model + 1)
         nn.init.normal_(self.score.weight, std=std)
-        self.register_buffer("mean", torch.zeros(k))    # subtracted: an average answer scores 0
+        self.register_buffer("mean", torch.zeros(k))    # subtracted: an average winner scores 0
 
     def forward(self, ids, mask=None):
-        return self.read(self.transformer.hidden(ids, mask))    # (B, T) or (B, T, k)
+        return self.head(self.transformer.hidden(ids, mask))    # (B, T) or (B, T, k)
 
-    def read(self, hidden):
-        """(.., C) -> (..) or (.., k)"""
+    def head(self, hidden):
+        """(.., C) -> a number (..), or k of them (.., k)"""
         scores = self.score(hidden) - self.mean                 # (.., k)
         return scores[..., 0] if len(self.mean) == 1 else scores
 
 
-def end_scores(model, ids, mask, prompts=0):
+def end_scores(model, ids, mask, P=0):
     """What a ScalarModel says of a text: its number at the last real token. -> (B,) or (B, k)
-    prompts: so many columns hold prompts alone (see hidden_at)"""
+    In the first P columns stand prompts alone, which rows may share (hidden_at)."""
     place = torch.arange(mask.shape[1], device=mask.device)     # (T,)
-    last = (mask * place).argmax(1)                             # (B,)
+    last = (mask * place).argmax(1)                             # (B,), wherever padding is
     at = place == last[:, None]                                 # (B, T), one place in each row
-    return model.read(hidden_at(model.transformer, ids, mask, at, prompts))
+    return model.head(hidden_at(model.transformer, ids, mask, at, P))
 
 
-def hidden_at(model, ids, mask, at, prompts):
-    """The vectors at some places, where at (B, T) is True. -> (N, C)
-    In plain words: model.hidden(ids, mask)[at]. The first columns, so many as `prompts`, hold
-    prompts alone: where rows share them, these go through the network once."""
-    begin = ids.where(mask, -1)[:, :prompts]                    # (B, P), -1 at padding
-    # sharing pays from two rows a prompt on, on average. A GPU is quicker with one pass over all
-    if prompts == 0 or ids.device.type != "cpu" or 2 * len(begin.unique(dim=0)) > len(ids):
+def hidden_at(model, ids, mask, at, P):
+    """model.hidden(ids, mask)[at], the vectors at N places. -> (N, C)
+    None of these places may be in the first P columns, which hold prompts: where rows share one, it
+    goes through the network once."""
+    if P == 0 or ids.device.type != "cpu":                      # a GPU is quicker with one pass
         return model.hidden(ids, mask, at=at)
-    different, owner = begin.unique(dim=0, return_inverse=True)  # (U, P); (B,), whose is which
+    prompts = ids.where(mask, -1)[:, :P]                        # (B, P), -1 at padding
+    different, owner = prompts.unique(dim=0, return_inverse=True)  # (U, P), and (B,) whose is which
+    if 2 * len(different) > len(ids):       # it pays where two rows share a prompt, on average
+        return model.hidden(ids, mask, at=at)
     cache = Cache(ids.shape[1])
-    model.hidden(different.clamp(min=0), different >= 0, cache)     # once, and kept
-    cache.select(owner)         # a copy for each row; gradients flow back through it
-    return model.hidden(ids[:, prompts:], mask, cache, at[:, prompts:])
+    model.hidden(different.clamp(min=0), different >= 0, cache)     # wanted are keys and values
+    cache.select(owner)         # a copy for each row; gradients add up in the prompt that it shares
+    return model.hidden(ids[:, P:], mask, cache, at[:, P:])
 
 
 def first_column(marks):
@@ -412,12 +413,13 @@ def token_logps(model, ids, mask, answer, temperature=1.0):
         logps = logps.gather(2, ids[:, 1:, None])[..., 0]                           (B, T-1)
         logps = F.pad(logps, (1, 0)).masked_fill(~answer, 0)                        (B, T)
 
-    The code does the same with less work: only positions that are needed meet the vocabulary, and
-    where rows begin alike, that goes through the network once (hidden_at). Give it the temperature
-    that sampled the answers, or it scores another policy than the one that acted.
+    The code does the same with less work: only positions that are needed meet the vocabulary, and a
+    prompt that rows share goes through the network once (hidden_at). Give it the temperature that
+    sampled the answers, or it scores another policy than the one that acted.
     """
-    before = answer[:, 1:]                                      # (B, T-1), before N answer tokens
-    states = hidden_at(model, ids[:, :-1], mask[:, :-1], before, first_column(before))  # (N, C)
+    before = answer[:, 1:]              # (B, T-1), True where the next token is one of N to score
+    P = first_column(before)
+    states = hidden_at(model, ids[:, :-1], mask[:, :-1], before, P)  # (N, C)
     logps = (model.head(states) / temperature).log_softmax(-1)  # (N, V)
     logps = logps.gather(1, ids[answer][:, None])[:, 0]         # (N,)
     return logps.new_zeros(ids.shape).masked_scatter(answer, logps)  # (B, T)

@@ -12,7 +12,7 @@ Here y_i is a whole row, prompt and answer, and t a position in it. By hand: two
 and its <|im_end|> get 0.5, 0.25 and 0.8. Their product is 0.1, so L = - ln(0.1) / 3 = 0.768. How
 likely the question is does not count: its m is 0.
 
-    python sft.py                            data/base -> out/sft, 15 s: gold 0.28 -> 0.55
+    python sft.py                            data/base -> out/sft, 12 s: gold 0.28 -> 0.56
     python sft.py --lora 8 --steps 110 --out out/lora      by adapters of rank 8, on frozen weights
     python sft.py --data mine.jsonl --init SmolLM2-135M --lr 2e-5 --out out/mine
 
@@ -73,7 +73,7 @@ def to_examples(lines, tokenizer, context, config):
     return examples
 
 
-HELD_OUT = 40                   # about so many rows
+HELD_OUT = 40                   # rows, roughly
 
 
 def read_examples(config, tokenizer, context):
@@ -86,7 +86,7 @@ def read_examples(config, tokenizer, context):
 
 # ---------------------------------------------------------------- the maths
 
-def shift(model, examples, tokenizer):
+def logits_and_targets(model, examples, tokenizer):
     """Runs the model; what it knows at t predicts the token at t + 1, its target:
 
         token     assistant  \\n     Hello  .
@@ -97,7 +97,7 @@ def shift(model, examples, tokenizer):
     ids, mask, answer = collate(examples, tokenizer, model.embed.weight.device)  # (B, T) each
     targets = ids[:, 1:]                                        # (B, T-1), the token at t + 1
     m = answer[:, 1:]                                           # (B, T-1), is it trained on?
-    hidden = model.hidden(ids[:, :-1], mask[:, :-1], at=m)      # (N, C), of t, where m = 1
+    hidden = model.hidden(ids[:, :-1], mask[:, :-1], at=m)      # (N, C), at t, where m = 1
     return model.head(hidden), targets[m]
 
 
@@ -129,7 +129,7 @@ def evaluate(model, held, tokenizer, config, against=None):
     own, its exam says whether answers are good."""
     total = 0.0
     for part in parts(held, n=4):
-        logits, targets = shift(model, part, tokenizer)
+        logits, targets = logits_and_targets(model, part, tokenizer)
         total -= target_logps(logits, targets).sum().item()
     card = {"held_out": total / tokens_in(held)}
     answers = None
@@ -141,9 +141,9 @@ def evaluate(model, held, tokenizer, config, against=None):
 
 @torch.no_grad()
 def show_example(model, example, tokenizer, config, before):
-    """What the loss sees of a row, from so many tokens before the answer: below each token its
+    """What the loss sees of a row, from `before` tokens before the answer on: below each token its
     target, the target's mask, and how likely the model takes it to be."""
-    logits, targets = shift(model, [example], tokenizer)        # (N, V), (N,)
+    logits, targets = logits_and_targets(model, [example], tokenizer)  # (N, V), (N,)
     logps = target_logps(logits, targets)                       # (N,)
     probs = logps.exp().tolist()                                # one for each m = 1
     texts = [repr(tokenizer.decode([token]))[1:-1] for token in example.ids]
@@ -198,7 +198,7 @@ def train(config):
         total = 0.0
         for part in parts(batch, config.accumulate):
             # 2 run the model, score the targets
-            logits, targets = shift(model, part, tokenizer)     # (N, V), (N,)
+            logits, targets = logits_and_targets(model, part, tokenizer)  # (N, V), (N,)
             logps = target_logps(logits, targets)               # (N,) log pi(y_t | y_<t)
             # 3 loss
             loss = sft_loss(logps, count)

@@ -652,7 +652,7 @@ ALL_ONES = M.Example(SHORT.ids, [1] * len(SHORT.ids))           # a mask that le
 @pytest.mark.parametrize("examples", [[SHORT, LONG], [ALL_ONES, LONG]])
 def test_shift_and_loss_are_the_equation(examples):
     model = tiny_model()
-    logits, targets = sft.shift(model, examples, TOKENIZER)
+    logits, targets = sft.logits_and_targets(model, examples, TOKENIZER)
     loss = sft.sft_loss(sft.target_logps(logits, targets), sft.tokens_in(examples))
     near(loss, sft_loss_by_hand(model, examples))
     assert len(logits) == len(targets) == sft.tokens_in(examples)

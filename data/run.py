@@ -194,7 +194,7 @@ def check_out(out):
 
 
 # what each script takes on two cores, in seconds
-STAGES = {"sft": 15, "reward_model": 45, "ppo": 50, "grpo": 25, "dpo": 35, "cai": 45}
+STAGES = {"sft": 12, "reward_model": 40, "ppo": 45, "grpo": 20, "dpo": 30, "cai": 40}
 
 
 def need(folder):
@@ -260,8 +260,9 @@ def parts(rows, n):
 
 
 class AdamW:
-    """Loshchilov and Hutter 2017 (1711.05101), without decay: what torch.optim.AdamW does, in its
-    own kernel and with its names. All of torch.optim would load a compiler first, for 1.4 s.
+    """Loshchilov and Hutter 2017 (1711.05101), here without decay, and so Kingma and Ba's Adam. The
+    kernel is PyTorch's, the names are those of torch.optim, and steps() sets the rate in both; but
+    whoever makes one of torch.optim waits 1.4 s for a compiler that is not used.
 
         m = b1 m + (1 - b1) g        m' = m / (1 - b1^t)
         v = b2 v + (1 - b2) g^2      v' = v / (1 - b2^t)      p = p - lr m' / (sqrt(v') + eps)
@@ -278,13 +279,13 @@ class AdamW:
     def step(self):
         self.t += 1
         [group] = self.param_groups
-        some = [p for p in group["params"] if p.grad is not None]
-        if not some:
+        moved = [p for p in group["params"] if p.grad is not None]
+        if not moved:
             return
-        gradients = [p.grad for p in some]
-        m = [self.m[p] for p in some]
-        v = [self.v[p] for p in some]
-        torch._fused_adamw_(some, gradients, m, v, [], [self.t] * len(some), lr=group["lr"],
+        gradients = [p.grad for p in moved]
+        m = [self.m[p] for p in moved]
+        v = [self.v[p] for p in moved]
+        torch._fused_adamw_(moved, gradients, m, v, [], [self.t] * len(moved), lr=group["lr"],
                             beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.0, amsgrad=False,
                             maximize=False)
 
@@ -323,7 +324,7 @@ def steps(config, *optimizers):
                     group["lr"] = optimizer.defaults["lr"] * schedule(step, config.steps)
             yield step
             if average(float(len(stop))) > 0:     # all processes leave together
-                config.say(f"\nstopped at step {step + 1} of {config.steps}; going on with it")
+                config.say(f"\nstopped at step {step + 1} of {config.steps}; going on with what was learned")
                 return
             left = (time.time() - start) / (step + 1) * (config.steps - step - 1)
             if sys.stdout.isatty() and not config.quiet:

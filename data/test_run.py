@@ -235,6 +235,25 @@ def test_adamw_by_hand():
         want -= 0.01 * m / (1 - 0.9 ** step) / (root + 1e-8)
         optimizer.step()
         near(p, want, 1e-6)
+    optimizer.zero_grad()
+    assert p.grad is None
+    optimizer.step()                    # without gradients nothing moves
+    near(p, want, 1e-6)
+
+
+def test_adamw_loads_no_compiler():
+    code = """if True:
+        import sys
+        import torch
+        from data.run import adamw
+        layer = torch.nn.Linear(2, 2)
+        optimizer = adamw(layer, 0.1)
+        layer(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        print("torch._dynamo" in sys.modules)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "False\n"
 
 
 @pytest.mark.parametrize("gradient, want", [([0.3, 0.4], [0.3, 0.4]), ([3.0, 4.0], [0.6, 0.8])])

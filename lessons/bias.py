@@ -230,7 +230,7 @@ def train(config):
     after = learn(lines, "cure", config)
     config.say(f"\n{len(lines)} lines in {config.out}/cure.jsonl\n{HEAD}")
     models = {"base": base, "before": before, "after": after}
-    numbers = {"doses": [], "dose_gaps": []}
+    numbers = {"doses": [], "dose_gaps": [], "dose_put_downs": []}
     for name, pair in {"schools": SCHOOLS, "teams": TEAMS}.items():
         numbers[name] = {}
         for label, model in models.items():
@@ -242,6 +242,7 @@ def train(config):
         measured = measure(model, tokenizer, asked, CLUBS, config)
         numbers["doses"].append(float(dose))
         numbers["dose_gaps"].append(measured.gap)
+        numbers["dose_put_downs"].append(measured.put_down[1])      # of the slighted club
         show(f"clubs, dose {dose}", measured, config)
     old = numbers["schools"]["base"]
     new = numbers["schools"]["after"]

@@ -60,7 +60,7 @@ BUGS = [
      'left padding: the score is read too early'),
     ('model.py', 'marks += [1] * len(body)\n',
      'marks += [1] * (len(body) - 1) + [0]\n', "an answer's end token is not scored"),
-    ('model.py', 'at[:, prompts:])', 'at[:, prompts:].roll(1, 1))',
+    ('model.py', 'cache, at[:, P:])', 'cache, at[:, P:].roll(1, 1))',
      'behind shared prompts tokens predict themselves'),
     ('model.py', 'position = position[:, S - T:]', 'position = position[:, :T]',
      'cached tokens begin at position 0'),
@@ -583,8 +583,8 @@ BUGS = [
 
     ('lessons/distill.py', '(log_t.exp() * (log_t - log_s))', '(log_s.exp() * (log_s - log_t))',
      "distillation's KL is reversed"),
-    ('lessons/distill.py', 'expected, targets = sft.shift(teacher, part',
-     'expected, targets = sft.shift(student, part', 'the student is its own teacher'),
+    ('lessons/distill.py', 'expected, _ = sft.logits_and_targets(teacher, part',
+     'expected, _ = sft.logits_and_targets(student, part', 'the student is its own teacher'),
 
     ('lessons/best_of.py', 'scores.masked_fill(~ended, scores.min() - 1)', 'scores',
      'an endless answer may be the best'),

@@ -61,7 +61,7 @@ def distill_loss(student, teacher, count):
 def learn_distribution(student, teacher, path, tokenizer, config):
     """sft.py's loop with another loss: a target is all that the teacher expects there. -> log"""
     settings = sft.Config(data=path, cut=True, quiet=True)
-    examples, held = sft.read_examples(settings, tokenizer, student.config.max_len)
+    examples, _ = sft.read_examples(settings, tokenizer, student.config.max_len)
     # coarse lengths, as in sft.py: both students see the same batches in the same order
     lengths = [1 + len(example.ids) // 40 for example in examples]
     stream = batches(examples, lengths, config.batch, torch.Generator().manual_seed(config.seed))
@@ -76,8 +76,8 @@ def learn_distribution(student, teacher, path, tokenizer, config):
         for part in parts(batch, config.accumulate):
             # 2 score: what teacher and student expect at each token of the teacher's answers
             with torch.no_grad():
-                expected, targets = sft.shift(teacher, part, tokenizer)  # (N, V), (N,)
-            logits, targets = sft.shift(student, part, tokenizer)
+                expected, _ = sft.logits_and_targets(teacher, part, tokenizer)  # (N, V)
+            logits, _ = sft.logits_and_targets(student, part, tokenizer)  # (N, V)
             # 3 loss
             loss = distill_loss(logits, expected, count)
             loss.backward()

@@ -113,7 +113,7 @@ def imitate(render, steps=60):
         examples.append(render(tokenizer, conversation(turn, TALK[i - 1])))
     log = []
     for step in range(steps):
-        logits, targets = sft.shift(model, examples, tokenizer)     # (N, V), (N,)
+        logits, targets = sft.logits_and_targets(model, examples, tokenizer)  # (N, V), (N,)
         loss = sft.sft_loss(sft.target_logps(logits, targets), len(targets))
         loss.backward()
         optimizer.step()
@@ -305,7 +305,7 @@ def speaks_for_the_user(init):
     for render_with in (whole.render, render):
         model, tokenizer, _ = imitate(render_with, steps=120)
         row = whole.render(tokenizer, conversation(TALK[1], TALK[0]))
-        logits, targets = sft.shift(model, [row], tokenizer)
+        logits, targets = sft.logits_and_targets(model, [row], tokenizer)
         on_all = -sft.target_logps(logits, targets).mean().item()
         text = write_on(model, tokenizer, "How are you?", 30)
         rows.append({"loss on all": on_all, "writes": text[:60]})
@@ -343,7 +343,7 @@ def loss_in_parts(model, tokenizer, examples, pieces, script, count):
     model.zero_grad()
     total = 0.0
     for part in parts(examples, pieces):
-        logits, targets = sft.shift(model, part, tokenizer)
+        logits, targets = sft.logits_and_targets(model, part, tokenizer)
         loss = script.sft_loss(sft.target_logps(logits, targets), count)
         loss.backward()
         total += loss.item()
@@ -372,7 +372,7 @@ def memorise(folder, rows, epochs):
     for epoch in range(epochs):
         losses = []
         for part in parts(train, rows // 8):
-            logits, targets = sft.shift(model, part, tokenizer)
+            logits, targets = sft.logits_and_targets(model, part, tokenizer)
             loss = sft.sft_loss(sft.target_logps(logits, targets), len(targets))
             loss.backward()
             optimizer.step()

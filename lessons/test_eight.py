@@ -137,7 +137,7 @@ class CountsWord(torch.nn.Module):
     def hidden(self, ids, mask, at):
         return self(ids, mask)[at]
 
-    def read(self, hidden):
+    def head(self, hidden):
         return hidden
 
 
