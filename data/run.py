@@ -324,7 +324,8 @@ def steps(config, *optimizers):
                     group["lr"] = optimizer.defaults["lr"] * schedule(step, config.steps)
             yield step
             if average(float(len(stop))) > 0:     # all processes leave together
-                config.say(f"\nstopped at step {step + 1} of {config.steps}; going on with what was learned")
+                config.say(f"\nstopped at step {step + 1} of {config.steps}; going on with what it "
+                           "has learned")
                 return
             left = (time.time() - start) / (step + 1) * (config.steps - step - 1)
             if sys.stdout.isatty() and not config.quiet:
