@@ -335,7 +335,7 @@ def train(config):
     optimizer = adamw(policy, config.lr)
 
     pairs, held = read_pairs(config, tokenizer, policy.config.max_len)
-    held.sort(key=longest)                      # evaluate() takes them in parts: less padding
+    held.sort(key=longest)                      # evaluate() takes parts: like lengths, less padding
     lengths = [longest(pair) for pair in pairs]
     shuffle = torch.Generator().manual_seed(config.seed)
     stream = batches(pairs, lengths, config.batch, shuffle)

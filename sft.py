@@ -97,7 +97,7 @@ def logits_and_targets(model, examples, tokenizer):
     ids, mask, answer = collate(examples, tokenizer, model.embed.weight.device)  # (B, T) each
     targets = ids[:, 1:]                                        # (B, T-1), the token at t + 1
     m = answer[:, 1:]                                           # (B, T-1), is it trained on?
-    hidden = model.hidden(ids[:, :-1], mask[:, :-1], at=m)      # (N, C), at t, where m = 1
+    hidden = model.hidden(ids[:, :-1], mask[:, :-1], at=m)      # (N, C), one before each target
     return model.head(hidden), targets[m]
 
 

@@ -45,8 +45,8 @@ from data import exam, generate
 from data.abilities import ABILITIES
 from data.checkpoints import load, load_ranks, save
 from data.rows import read_text
-from data.run import (PROCESSES, RANK, AdamW, Log, Settings, average, begin, clip_gradients,
-                      hold_out, main, parts, steps)
+from data.run import (PROCESSES, RANK, Log, Settings, average, begin, clip_gradients, hold_out,
+                      main, parts, steps)
 from model import EOT, Example, ModelConfig, Transformer, collate, respond, special
 
 
@@ -128,7 +128,8 @@ def optimizers(model, lr):
             matrices.append(p)
         else:
             others.append(p)
-    return Muon(matrices, lr), AdamW(others, lr)
+    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return Muon(matrices, lr), adamw
 
 
 # ---------------------------------------------------------------- data

@@ -81,7 +81,7 @@ def exam(model, tokenizer, reference=None, against=None, seed=0, rows=None, part
 
 @torch.inference_mode()
 def logps_of(model, samples):
-    """How likely another model finds the tokens of samples. Short rows go together. -> (B, T)"""
+    """Another model's log-probs of these answers, 0 elsewhere. Short rows go together. -> (B, T)"""
     logps = torch.zeros_like(samples.logps)
     lengths = samples.mask.sum(1)                                           # (B,)
     for some in lengths.argsort().split(64):

@@ -1632,6 +1632,18 @@ def test_kl_is_the_log_ratio_of_the_drawn_tokens_at_the_temperature_that_drew_th
     assert card["kl"] == pytest.approx(np.mean(kl), abs=1e-4)
 
 
+def test_short_rows_go_together_and_come_back_in_their_places():
+    model, tokenizer = load(BASE)
+    asked = E.read("exam")[:150]                                # more than go through at once
+    prompts = [M.render_prompt(tokenizer, E.to_messages(row["prompt"])) for row in asked]
+    drawn = M.sample(model, tokenizer, prompts, max_new=6)
+    with torch.no_grad():
+        want = M.token_logps(model, *drawn[:3], E.TEMPERATURE)  # all in one pass
+    got = E.logps_of(model, drawn)
+    assert torch.allclose(got, want, atol=1e-4)
+    assert (got[~drawn.answer] == 0).all()
+
+
 def test_win_rate_is_of_the_decided():
     rows = [{"prompt": str(i), "kind": "fact", "slots": {}} for i in range(10)]
     marks = [(0, 1), (0, 1), (0, 1), (1, 0), (1, 1), (0, 0), (1, 1), (1, 1), (1, 1), (1, 1)]

@@ -17,8 +17,9 @@ it shows: it is part of what one waits for.
     python -m lessons.speed                   two minutes; sampling by --init, steps of six scripts
     python -m lessons.speed --init FOLDER     sampling and training by a model of your own, alone
 
-Simplified: attention's products, which grow with the square of the length, are left out; and that
-the vocabulary and the last MLP see only the tokens before an answer's is not taken off.
+Simplified: attention's products, which grow with the square of the length, are left out. And all
+tokens are counted for the last MLP and the vocabulary, though only those before an answer's token
+go there.
 Try next: OMP_NUM_THREADS=1 python -m lessons.speed
 """
 import statistics
