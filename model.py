@@ -33,7 +33,8 @@ class UserError(Exception):
 # ---------------------------------------------------------------- the network
 # B batch, T time, C channels, V vocabulary; H query heads, K key heads, D channels of a head;
 # S tokens so far: the T new ones and those in the cache, if there is one
-# cos, sin (B, 1, T, D): of the angle of each position; allowed (B, 1, T, S): who may look at whom
+# U different tokens stand at the B * T places (Layout)
+# cos, sin (U, 1, D): of the angle of each position; allowed (B, 1, T, S): who may look at whom
 
 
 @dataclasses.dataclass
@@ -72,9 +73,61 @@ def rotary_speeds(config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) by the angle of its position. x (B, heads, T, D)"""
-    a, b = x.chunk(2, dim=-1)                                   # (B, heads, T, D/2) each
+    """Turn each pair (x[i], x[i + D/2]) by the angle of its position. x (U, heads, D)"""
+    a, b = x.chunk(2, dim=-1)                                   # (U, heads, D/2) each
     return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class Layout(NamedTuple):
+    """Which tokens have to be computed, and where they stand. Only attention needs rows; all else
+    is done to each token by itself, x (U, C)."""
+    number: torch.Tensor     # (B, T) the number of the token at each place, 0 to U - 1
+    place: torch.Tensor      # (U,) where that token stands first, a number from 0 to B * T - 1
+
+
+def every_token(ids):
+    """A token at each place: U = B * T."""
+    place = torch.arange(ids.numel(), device=ids.device)
+    return Layout(place.view(ids.shape), place)
+
+
+def different_tokens(ids, mask):
+    """What becomes of a token depends on those before it alone. So where rows begin alike, as do
+    several answers to one prompt, their tokens are the same ones until the rows part; and padding
+    is no token. ids, mask (B, T) -> Layout
+
+        The sky is blue             number  0 1 2 3             place   0 1 2 3 7 9
+        The sky is wide                     0 1 2 4
+        The sun                             0 5"""
+    B, T = ids.shape
+    rows = ids.where(mask, -1)
+    _, rank = rows.unique(dim=0, return_inverse=True)           # (B,) as words in a dictionary
+    order = rank.argsort()
+    rows = rows[order]                  # (B, T), those that begin alike are neighbours
+    parted = (rows[1:] != rows[:-1]).cummax(1).values           # (B-1, T), from the row above
+    new = rows >= 0                                             # (B, T)
+    new[1:] &= parted
+    if new.all():
+        return every_token(ids)
+    number = new.flatten().cumsum(0).view(B, T) - 1
+    number = number.where(new, 0).cummax(0).values              # else the row above has it
+    place = torch.arange(B * T, device=ids.device).view(B, T)[order]
+    return Layout(number[order.argsort()], place[new])
+
+
+def to_rows(x, layout):
+    """x (U, ..) -> (B, T, ..), each token at all of its places; at padding stands anything"""
+    if len(x) < layout.number.numel():
+        x = x.index_select(0, layout.number.flatten())          # (B * T, ..)
+    return x.unflatten(0, layout.number.shape)
+
+
+def from_rows(x, layout):
+    """x (B, T, ..) -> (U, ..), each token once"""
+    x = x.flatten(0, 1)                                         # (B * T, ..)
+    if len(layout.place) < len(x):
+        x = x.index_select(0, layout.place)
+    return x
 
 
 def attention_mask(mask, T):
@@ -140,10 +193,40 @@ class Cache:
             self.layers[layer] = tensor[:, rows]
 
 
-def split_heads(x, D):
-    """(B, T, heads * D) -> (B, heads, T, D)"""
-    B, T, _ = x.shape
-    return x.view(B, T, -1, D).transpose(1, 2)
+def product(x, W):
+    """x W^T.   x (U, C), W (out, C) -> (U, out)"""
+    U = len(x)
+    if U > FEW or x.device.type != "cpu":
+        return F.linear(x, W)
+    # few rows, as in sampling: read this way round, a large W takes a third of the time. A product
+    # with a single row is a slow one, so that row comes twice
+    if U == 1:
+        x = x.repeat(2, 1)
+    return (W @ x.T).T[:U].contiguous()
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        y = product(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def product(x, W):
+    """x W^T.   x (.., in), W (out, in) -> (.., out)"""
+    U = len(x)
+    if x.dim() > 2 or U > 16 or W.numel() < 200_000 or x.device.type != "cpu":
+        return F.linear(x, W)
+    # a real model, token by token: what takes time is the way of W from memory, and for (W x^T)^T
+    # it takes half as long; but not for a single row, which is therefore sent twice
+    if U == 1:
+        x = x.repeat(2, 1)
+    return (W @ x.T).T[:U].contiguous()
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        y = product(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class Attention(nn.Module):
@@ -153,33 +236,36 @@ class Attention(nn.Module):
         D = config.head_dim
         self.layer = layer
         self.head_dim = D
-        self.q = nn.Linear(C, config.n_heads * D, bias=config.qkv_bias)
-        self.k = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
-        self.v = nn.Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
-        self.out = nn.Linear(config.n_heads * D, C, bias=False)
+        self.q = Linear(C, config.n_heads * D, bias=config.qkv_bias)
+        self.k = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.v = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
+        self.out = Linear(config.n_heads * D, C, bias=False)
 
-    def forward(self, x, cos, sin, allowed, cache):
-        q = split_heads(self.q(x), self.head_dim)               # (B, H, T, D)
-        k = split_heads(self.k(x), self.head_dim)               # (B, K, T, D)
-        v = split_heads(self.v(x), self.head_dim)               # (B, K, T, D)
+    def forward(self, x, layout, cos, sin, allowed, cache):
+        q = self.q(x).unflatten(1, (-1, self.head_dim))         # (U, H, D)
+        k = self.k(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
+        v = self.v(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
         q = rotate(q, cos, sin)
         k = rotate(k, cos, sin)
+        q = to_rows(q, layout).transpose(1, 2)                  # (B, H, T, D)
+        k = to_rows(k, layout).transpose(1, 2)                  # (B, K, T, D)
+        v = to_rows(v, layout).transpose(1, 2)                  # (B, K, T, D)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)                  # (B, K, S, D), of all tokens so far
         y = attend(q, k, v, allowed)                            # (B, H, T, D)
-        y = y.transpose(1, 2).flatten(2)                        # (B, T, H * D)
-        return self.out(y)                                      # (B, T, C)
+        y = from_rows(y.transpose(1, 2), layout)                # (U, H, D)
+        return self.out(y.flatten(1))                           # (U, C)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.gate = Linear(config.d_model, config.d_ff, bias=False)
+        self.up = Linear(config.d_model, config.d_ff, bias=False)
+        self.down = Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))     # (B, T, C)
+        return self.down(F.silu(self.gate(x)) * self.up(x))     # (U, C)
 
 
 class Block(nn.Module):
@@ -191,10 +277,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.is_last = layer == config.n_layers - 1
 
-    def forward(self, x, cos, sin, allowed, cache, at):
-        x = x + self.attention(self.norm1(x), cos, sin, allowed, cache)
+    def forward(self, x, layout, cos, sin, allowed, cache, at):
+        x = x + self.attention(self.norm1(x), layout, cos, sin, allowed, cache)
         if self.is_last and at is not None:
-            x = x[at]           # (N, C): no attention follows, so the other tokens can go
+            x = x.index_select(0, at)       # (N, C): no attention follows, so the others can go
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -218,7 +304,7 @@ class Transformer(nn.Module):
             self.blocks.append(Block(config, layer))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         if not config.tie:
-            self.unembed = nn.Linear(config.d_model, config.vocab_size, bias=False)
+            self.unembed = Linear(config.d_model, config.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -242,23 +328,31 @@ class Transformer(nn.Module):
             mask = torch.ones(B, S, dtype=torch.bool, device=ids.device)
         position = (mask.cumsum(1) - 1).clamp(min=0)            # (B, S), 0 at the first real token
         position = position[:, S - T:]                          # (B, T)
-        angle = position[:, :, None] * self.speeds.to(ids.device)  # (B, T, D/2)
-        angle = torch.cat([angle, angle], dim=-1)[:, None]      # (B, 1, T, D), for all heads
-        x = self.embed(ids)                                     # (B, T, C)
+        layout = every_token(ids)
+        if S == T and ids.device.type == "cpu":                 # on a GPU it has not been tried
+            layout = different_tokens(ids, mask)
+        angle = from_rows(position, layout)[:, None] * self.speeds.to(ids.device)  # (U, D/2)
+        angle = torch.cat([angle, angle], dim=-1)[:, None]      # (U, 1, D), for all heads
+        x = self.embed(from_rows(ids, layout))                  # (U, C)
         cos = angle.cos().to(x.dtype)
         sin = angle.sin().to(x.dtype)
         allowed = attention_mask(mask, T)
+        if at is not None:
+            at = layout.number[at]                              # (N,) the numbers of these tokens
         with low_precision(ids.device):
             for block in self.blocks:
-                x = block(x, cos, sin, allowed, cache, at)
+                x = block(x, layout, cos, sin, allowed, cache, at)
         if cache is not None:
             cache.length = S        # now that every layer has added its own
-        return self.norm(x)
+        x = self.norm(x)
+        if at is not None:
+            return x
+        return to_rows(x, layout)
 
     def head(self, hidden):
         """(.., C) -> logits (.., V)"""
         if self.config.tie:
-            return F.linear(hidden, self.embed.weight)
+            return product(hidden, self.embed.weight)
         return self.unembed(hidden)
 
 
@@ -283,34 +377,12 @@ class ScalarModel(nn.Module):
         return scores[..., 0] if len(self.mean) == 1 else scores
 
 
-def end_scores(model, ids, mask, P=0):
-    """What a ScalarModel says of a text: its number at the last real token. -> (B,) or (B, k)
-    In the first P columns stand prompts alone, which rows may share (hidden_at)."""
+def end_scores(model, ids, mask):
+    """What a ScalarModel says of a text: its number at the last real token. -> (B,) or (B, k)"""
     place = torch.arange(mask.shape[1], device=mask.device)     # (T,)
     last = (mask * place).argmax(1)                             # (B,), wherever padding is
     at = place == last[:, None]                                 # (B, T), one place in each row
-    return model.head(hidden_at(model.transformer, ids, mask, at, P))
-
-
-def hidden_at(model, ids, mask, at, P):
-    """model.hidden(ids, mask)[at], the vectors at N places. -> (N, C)
-    None of these places may be in the first P columns, which hold prompts: where rows share one, it
-    goes through the network once."""
-    if P == 0 or ids.device.type != "cpu":                      # a GPU is quicker with one pass
-        return model.hidden(ids, mask, at=at)
-    prompts = ids.where(mask, -1)[:, :P]                        # (B, P), -1 at padding
-    different, owner = prompts.unique(dim=0, return_inverse=True)  # (U, P), and (B,) whose is which
-    if 2 * len(different) > len(ids):       # it pays where two rows share a prompt, on average
-        return model.hidden(ids, mask, at=at)
-    cache = Cache(ids.shape[1])
-    model.hidden(different.clamp(min=0), different >= 0, cache)     # wanted are keys and values
-    cache.select(owner)         # a copy for each row; gradients add up in the prompt that it shares
-    return model.hidden(ids[:, P:], mask, cache, at[:, P:])
-
-
-def first_column(marks):
-    """The first column in which any row has a mark. marks (B, T)"""
-    return int(marks.any(0).int().argmax())
+    return model.head(model.transformer.hidden(ids, mask, at=at))
 
 
 # ---------------------------------------------------------------- chat format
@@ -413,13 +485,12 @@ def token_logps(model, ids, mask, answer, temperature=1.0):
         logps = logps.gather(2, ids[:, 1:, None])[..., 0]                           (B, T-1)
         logps = F.pad(logps, (1, 0)).masked_fill(~answer, 0)                        (B, T)
 
-    The code does the same with less work: only positions that are needed meet the vocabulary, and a
-    prompt that rows share goes through the network once (hidden_at). Give it the temperature that
-    sampled the answers, or it scores another policy than the one that acted.
+    The code does the same with less work: only positions that are needed meet the vocabulary. Give
+    it the temperature that sampled the answers, or it scores another policy than the one that
+    acted.
     """
     before = answer[:, 1:]              # (B, T-1), True where the next token is one of N to score
-    P = first_column(before)
-    states = hidden_at(model, ids[:, :-1], mask[:, :-1], before, P)  # (N, C)
+    states = model.hidden(ids[:, :-1], mask[:, :-1], at=before)  # (N, C)
     logps = (model.head(states) / temperature).log_softmax(-1)  # (N, V)
     logps = logps.gather(1, ids[answer][:, None])[:, 0]         # (N,)
     return logps.new_zeros(ids.shape).masked_scatter(answer, logps)  # (B, T)
@@ -494,10 +565,8 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
     tokens = torch.full((B, max_new), end, device=ids.device)
     logps = torch.zeros(B, max_new, device=ids.device)
     hidden = torch.inference_mode()(model.hidden)               # quicker than no_grad
-    prompts, owner = ids.where(mask, -1).unique(dim=0, return_inverse=True)
     cache = Cache(P + max_new)
-    state = hidden(prompts.clamp(min=0), prompts >= 0, cache)[owner, -1]  # (B, C)
-    cache.select(owner)                             # a prompt goes through once, whoever shares it
+    state = hidden(ids, mask, cache)[:, -1]                     # (B, C)
     mask = F.pad(mask, (0, max_new), value=True)                # (B, P + max_new)
     rows = torch.arange(B, device=ids.device)       # those still going
     for t in range(max_new):

@@ -42,7 +42,7 @@ from data import exam, rows, studybuddy
 from data.checkpoints import load, save
 from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, main,
                       merge_lora, need, parts, steps)
-from model import ScalarModel, UserError, collate, end_scores, first_column, render_answer
+from model import ScalarModel, UserError, collate, end_scores, render_answer
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,8 @@ def scores(model, comparisons, tokenizer):
     examples = []
     for comparison in comparisons:
         examples += comparison.examples
-    ids, mask, answer = collate(examples, tokenizer, model.mean.device)  # (B * K, T) each
-    P = first_column(answer)            # left of it stand prompts alone, each K times
-    r = end_scores(model, ids, mask, P)                         # (B * K,) or (B * K, 3)
+    ids, mask, _ = collate(examples, tokenizer, model.mean.device)  # (B * K, T) each
+    r = end_scores(model, ids, mask)                            # (B * K,) or (B * K, 3)
     return r.unflatten(0, (len(comparisons), -1))               # (B, K) or (B, K, 3)
 
 

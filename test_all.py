@@ -333,12 +333,15 @@ def test_padding_changes_no_logits(left, value):
 def test_the_first_real_token_is_at_position_0(monkeypatch):
     """Rotary attention sees only differences of positions, so no logit would show this."""
     turns = Watch(monkeypatch, M, "rotate")
-    tiny_model()(*masked(rows_of(3, 5), left=True))
-    _, cos, sin = turns.calls[0]                                # (B, 1, T, D)
+    ids, mask = masked(rows_of(3, 5), left=True)
+    tiny_model()(ids, mask)
+    _, cos, sin = turns.calls[0]                                # (U, 1, D)
+    cos = M.to_rows(cos, M.different_tokens(ids, mask))         # (B, T, 1, D)
+    sin = M.to_rows(sin, M.different_tokens(ids, mask))
     for row, first in (0, 2), (1, 0):
-        assert (cos[row, 0, first] == 1).all()
-        assert (sin[row, 0, first] == 0).all()
-        assert (cos[row, 0, first + 1] < 1).any()
+        assert (cos[row, first] == 1).all()
+        assert (sin[row, first] == 0).all()
+        assert (cos[row, first + 1] < 1).any()
 
 
 def test_a_row_of_padding_alone_gives_no_nan():
@@ -411,20 +414,32 @@ def test_a_few_places_are_the_same_without_the_others(left):
 @pytest.mark.parametrize("shape", ["left", "right", "shared"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_end_scores_are_read_at_the_last_real_token(k, shape):
-    """Whatever stands behind it; and prompts that go through once change no gradient."""
+    """Whatever stands behind it; and prompts that rows share change no gradient."""
     judge = tiny_judge(k=k)
-    ids, mask, answer = answered_rows(shape)
+    ids, mask, _ = answered_rows(shape)
     want = []
     for row, real in zip(ids, mask):
         want.append(judge(row[real][None])[0, -1])              # () or (2,)
     want = torch.stack(want)
-    near(M.end_scores(judge, ids, mask), want)
-    got = M.end_scores(judge, ids, mask, M.first_column(answer))
+    got = M.end_scores(judge, ids, mask)
     near(got, want)
     parameters = list(judge.parameters())
     ours = torch.autograd.grad(got.square().sum(), parameters)
     theirs = torch.autograd.grad(want.square().sum(), parameters)
     assert close(ours, theirs, 1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17])
+def test_a_product_with_few_rows_is_the_same_product(rows):
+    """A large matrix is read in another way round by few rows. Values and gradients."""
+    W = torch.randn(500, 401, requires_grad=True)
+    x = torch.randn(rows, 401, requires_grad=True)
+    weight = torch.randn(rows, 500)
+    for got, want in [(M.product(x, W), x @ W.T), (M.product(x[None], W), (x @ W.T)[None])]:
+        near(got, want, 1e-4)
+        ours = torch.autograd.grad((got * weight).sum(), [x, W])
+        theirs = torch.autograd.grad((want * weight).sum(), [x, W])
+        assert close(ours, theirs, 1e-4)
 
 
 # the chat format
@@ -499,17 +514,69 @@ def test_token_logps_and_their_gradients_are_those_of_rows_alone(shape, temperat
     assert close(ours, theirs, 1e-4)
 
 
-def test_shared_prompts_go_through_once(monkeypatch):
+# tokens that rows share
+
+def test_different_tokens_by_hand():
+    """Where rows part and meet again, the tokens behind are others: their pasts differ."""
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 8], [5, 4, 0, 0], [5, 6, 7, 8]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    number, place = M.different_tokens(ids, mask)
+    names = {}
+    for row in range(4):
+        for t in range(4):
+            if mask[row, t]:
+                names.setdefault(tuple(ids[row, :t + 1].tolist()), set()).add(int(number[row, t]))
+    assert sorted(names.values(), key=min) == [{n} for n in range(7)]
+    assert number.flatten()[place].tolist() == list(range(7))
+
+
+def prefixes(ids, mask):
+    """Every beginning of a row that ends in a real token, with the padding in front of it."""
+    found = set()
+    for row, real in zip(ids.where(mask, -1).tolist(), mask.tolist()):
+        found |= {tuple(row[:t + 1]) for t in range(len(row)) if real[t]}
+    return found
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_token_is_computed_once_for_each_beginning_of_a_row(seed, left, monkeypatch):
+    """Of 12 rows of two kinds of tokens many begin alike. Padding is never computed."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 8, (12,), generator=generator)
+    rows = [torch.randint(2, (n,), generator=generator).tolist() for n in lengths]
+    ids, mask = masked(rows, left)
+    layout = M.different_tokens(ids, mask)
+    want = prefixes(ids, mask)
+    assert len(layout.place) == len(want) < mask.sum()
+    key = ids.where(mask, -1)
+    for n, place in enumerate(layout.place.tolist()):
+        row, t = divmod(place, ids.shape[1])
+        alike = (key[:, :t + 1] == key[row, :t + 1]).all(1)     # (B,) rows that begin like this one
+        assert torch.equal((layout.number[:, t] == n) & mask[:, t], alike)
+    turns = Watch(monkeypatch, M, "rotate")
     model = tiny_model()
-    forwards = Watch(monkeypatch, model, "hidden")
-    M.token_logps(model, *answered_rows("shared"))
-    work = [tuple(call[0].shape) for call in forwards.calls]
-    assert work == [(2, 8), (6, 7)]         # prompts but for their last token; what is left
-    ids, mask, answer = answered_rows("shared")
-    judge = M.ScalarModel(model)
-    forwards.calls.clear()
-    M.end_scores(judge, ids, mask, M.first_column(answer))
-    assert [tuple(call[0].shape) for call in forwards.calls] == [(2, 9), (6, 7)]
+    got = model.hidden(ids, mask)
+    assert {len(x) for x, _, _ in turns.calls} == {len(want)}
+    alone = [model.hidden(row[real][None])[0] for row, real in zip(ids, mask)]
+    near(got[mask], torch.cat(alone))
+
+
+def test_rows_that_share_nothing_are_left_as_they_are():
+    ids = torch.arange(12).view(3, 4)
+    number, place = M.different_tokens(ids, ids >= 0)
+    assert torch.equal(number, ids)
+    assert torch.equal(place, ids.flatten())
+
+
+def test_a_cache_holds_pasts_that_ids_do_not_show():
+    """Two rows go on with the same token behind different ones."""
+    model = tiny_model()
+    ids = torch.tensor([[3, 4, 9, 9], [5, 6, 9, 9]])
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    cache = M.Cache(4)
+    model.hidden(ids[:, :2], mask[:, :2], cache)
+    near(model.hidden(ids[:, 2:], mask, cache), model.hidden(ids)[:, 2:])
 
 
 # sampling

@@ -76,8 +76,8 @@ def gradient_x_input(model, ids):
     r = model(ids[None])[:, -1]                                  # (1,) or (1, 3)
     hook.remove()
     score = overall(r[:, None])                                  # (1, 1)
-    gradient, = torch.autograd.grad(score.sum(), kept[0])        # (1, T, C)
-    return (gradient * kept[0]).detach().sum(-1)[0]              # (T,)
+    gradient, = torch.autograd.grad(score.sum(), kept[0])        # (T, C), one row's tokens
+    return (gradient * kept[0]).detach().sum(-1)                 # (T,)
 
 
 # ---------------------------------------------------------------- probes
