@@ -47,8 +47,8 @@ from data.checkpoints import load, save, write_files
 from data.studybuddy import COMPARE, CRITIQUE, CRITIQUES, REVISE, flat
 from data.run import (Log, Settings, adamw, add_lora, average, batches, begin, clip_gradients, main,
                       merge_lora, need, parts, steps)
-from model import (PAD, Example, UserError, collate, pad, render_answer, render_prompt, respond,
-                   sample, special, token_logps)
+from model import (Example, UserError, collate, render_answer, render_prompt, respond, sample,
+                   token_logps)
 
 
 @dataclass(frozen=True)
@@ -188,16 +188,14 @@ def judge(model, tokenizer, prompts, firsts, seconds, principles):
     questions = []
     for prompt, first, second, principle in zip(prompts, firsts, seconds, principles):
         text = COMPARE.format(prompt=flat(prompt), a=first, b=second, principle=principle)
-        questions.append(render_prompt(tokenizer, [{"role": "user", "content": text}]))
+        ids = render_prompt(tokenizer, [{"role": "user", "content": text}])
+        marks = [0] * (len(ids) - 1) + [1]                      # after the last comes the letter
+        questions.append(Example(ids, marks))
     letters = [tokenizer.encode_ordinary(letter)[0] for letter in "AB"]
-    device = model.embed.weight.device
     p = []
     for part in parts(questions, math.ceil(len(questions) / 128)):  # about 128 at a time
-        ids = pad(part, special(tokenizer, PAD)).to(device)     # (B, T), padded behind
-        hidden = model.hidden(ids)      # (B, T, C), without a mask: no token sees what is behind it
-        last = [len(question) - 1 for question in part]
-        hidden = hidden[range(len(part)), last]                 # (B, C)
-        logits = model.head(hidden)                             # (B, V)
+        ids, mask, last = collate(part, tokenizer, model.embed.weight.device)  # (B, T) each
+        logits = model.head(model.hidden(ids, mask, at=last))   # (B, V)
         letter = logits[:, letters].float().softmax(-1)         # (B, 2), of A and B
         p.append(letter[:, 0])                                  # (B,)
     return torch.cat(p)

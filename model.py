@@ -33,7 +33,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------- the network
 # B batch, T time, C channels, V vocabulary; H query heads, K key heads, D channels of a head;
 # S tokens so far: the T new ones and those in the cache, if there is one
-# U different tokens stand at the B * T places (Layout)
+# U different real tokens fill the B * T places; one that rows share counts once (Layout)
 # cos, sin (U, 1, D): of the angle of each position; allowed (B, 1, T, S): who may look at whom
 
 
@@ -79,51 +79,54 @@ def rotate(x, cos, sin):
 
 
 class Layout(NamedTuple):
-    """Which tokens have to be computed, and where they stand. Only attention needs rows; all else
-    is done to each token by itself, x (U, C)."""
-    number: torch.Tensor     # (B, T) the number of the token at each place, 0 to U - 1
-    place: torch.Tensor      # (U,) where that token stands first, a number from 0 to B * T - 1
+    """Which tokens have to be computed, and where they stand. Attention alone looks at other
+    tokens, and so needs rows, (B, T). All else is done to each token by itself, (U, C)."""
+    number: torch.Tensor     # (B, T) which token stands here, 0 to U - 1; at padding any
+    place: torch.Tensor      # (U,) one place where that token stands, 0 to B * T - 1
 
 
 def every_token(ids):
-    """A token at each place: U = B * T."""
+    """A token of its own at each place: U = B * T."""
     place = torch.arange(ids.numel(), device=ids.device)
     return Layout(place.view(ids.shape), place)
 
 
 def different_tokens(ids, mask):
-    """What becomes of a token depends on those before it alone. So where rows begin alike, as do
-    several answers to one prompt, their tokens are the same ones until the rows part; and padding
-    is no token. ids, mask (B, T) -> Layout
+    """What a token becomes depends on itself and on those before it. So as long as rows are alike
+    from their start, like answers to one prompt, their tokens are computed once; and padding never.
+    After rows have parted equal ids are different tokens, for they have different pasts.
+    ids, mask (B, T) -> Layout; here the words' ids are in the order of the alphabet:
 
         The sky is blue             number  0 1 2 3             place   0 1 2 3 7 9
         The sky is wide                     0 1 2 4
-        The sun                             0 5"""
+        The sun                             0 5 . ."""
     B, T = ids.shape
-    rows = ids.where(mask, -1)
-    _, rank = rows.unique(dim=0, return_inverse=True)           # (B,) as words in a dictionary
-    order = rank.argsort()
-    rows = rows[order]                  # (B, T), those that begin alike are neighbours
-    parted = (rows[1:] != rows[:-1]).cummax(1).values           # (B-1, T), from the row above
-    new = rows >= 0                                             # (B, T)
+    texts = ids.where(mask, -1)                                 # (B, T), no id is -1
+    texts, which = texts.unique(dim=0, return_inverse=True)     # (R, T) in order, and (B,)
+    parted = (texts[1:] != texts[:-1]).cummax(1).values         # (R-1, T), from the text above
+    new = texts >= 0                                            # (R, T)
     new[1:] &= parted
-    if new.all():
-        return every_token(ids)
-    number = new.flatten().cumsum(0).view(B, T) - 1
-    number = number.where(new, 0).cummax(0).values              # else the row above has it
-    place = torch.arange(B * T, device=ids.device).view(B, T)[order]
-    return Layout(number[order.argsort()], place[new])
+    U = int(new.sum())
+    if U == B * T or U == 0:
+        return every_token(ids)         # nothing to save, or nothing at all
+    number = new.flatten().cumsum(0).view(new.shape) - 1        # (R, T), right where it is new
+    # elsewhere it is that of the text above. Numbers grow downwards, so the largest is the nearest
+    number = number.where(new, 0).cummax(0).values
+    place = torch.empty_like(texts)                             # (R, T)
+    place[which] = torch.arange(B * T, device=ids.device).view(B, T)  # of equal rows any one's
+    return Layout(number[which], place[new])
 
 
 def to_rows(x, layout):
-    """x (U, ..) -> (B, T, ..), each token at all of its places; at padding stands anything"""
-    if len(x) < layout.number.numel():
-        x = x.index_select(0, layout.number.flatten())          # (B * T, ..)
+    """x (U, ..) -> (B, T, ..). At padding stands some other token; nobody looks there."""
+    places = layout.number.numel()
+    if len(x) < places:
+        x = x.index_select(0, layout.number.flatten())  # the gradients of a token's places add up
     return x.unflatten(0, layout.number.shape)
 
 
 def from_rows(x, layout):
-    """x (B, T, ..) -> (U, ..), each token once"""
+    """x (B, T, ..) -> (U, ..)"""
     x = x.flatten(0, 1)                                         # (B * T, ..)
     if len(layout.place) < len(x):
         x = x.index_select(0, layout.place)
@@ -193,40 +196,24 @@ class Cache:
             self.layers[layer] = tensor[:, rows]
 
 
-def product(x, W):
-    """x W^T.   x (U, C), W (out, C) -> (U, out)"""
-    U = len(x)
-    if U > FEW or x.device.type != "cpu":
-        return F.linear(x, W)
-    # few rows, as in sampling: read this way round, a large W takes a third of the time. A product
-    # with a single row is a slow one, so that row comes twice
-    if U == 1:
+def product(x, W, bias=None):
+    """x W^T + bias.   x (.., in), W (out, in) -> (.., out)"""
+    rows = len(x)
+    few = x.dim() == 2 and rows <= 16
+    large = W.numel() > 200_000
+    if not (few and large and x.device.type == "cpu"):
+        return F.linear(x, W, bias)
+    # Sampling from a real model: what takes time is to read W, and W x^T reads it twice as fast.
+    # A product with a single column is slow again, so that row comes twice.
+    if rows == 1:
         x = x.repeat(2, 1)
-    return (W @ x.T).T[:U].contiguous()
+    y = (W @ x.T).T[:rows].contiguous()
+    return y if bias is None else y + bias
 
 
 class Linear(nn.Linear):
     def forward(self, x):
-        y = product(x, self.weight)
-        return y if self.bias is None else y + self.bias
-
-
-def product(x, W):
-    """x W^T.   x (.., in), W (out, in) -> (.., out)"""
-    U = len(x)
-    if x.dim() > 2 or U > 16 or W.numel() < 200_000 or x.device.type != "cpu":
-        return F.linear(x, W)
-    # a real model, token by token: what takes time is the way of W from memory, and for (W x^T)^T
-    # it takes half as long; but not for a single row, which is therefore sent twice
-    if U == 1:
-        x = x.repeat(2, 1)
-    return (W @ x.T).T[:U].contiguous()
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        y = product(x, self.weight)
-        return y if self.bias is None else y + self.bias
+        return product(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
@@ -277,10 +264,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.is_last = layer == config.n_layers - 1
 
-    def forward(self, x, layout, cos, sin, allowed, cache, at):
+    def forward(self, x, layout, cos, sin, allowed, cache, wanted):
         x = x + self.attention(self.norm1(x), layout, cos, sin, allowed, cache)
-        if self.is_last and at is not None:
-            x = x.index_select(0, at)       # (N, C): no attention follows, so the others can go
+        if self.is_last and wanted is not None:
+            x = x.index_select(0, wanted)       # (N, C): no attention follows, so the others can go
         x = x + self.mlp(self.norm2(x))
         return x
 
@@ -318,8 +305,9 @@ class Transformer(nn.Module):
 
     def hidden(self, ids, mask=None, cache=None, at=None):
         """ids (B, T) -> (B, T, C). mask (B, T) is True at real tokens; padding may be on either
-        side. With a cache, ids are the newest T of S tokens, and mask (B, S) covers all S.
-        at (B, T) is True at the N places whose vectors are wanted, if not all are -> (N, C)."""
+        side, not in between. With a cache, ids are the newest T of S tokens, and mask (B, S) covers
+        all S. at (B, T) is True at the N real tokens whose vectors are wanted, if not all are
+        -> (N, C)."""
         B, T = ids.shape
         S = T if cache is None else cache.length + T
         if S > self.config.max_len:
@@ -327,27 +315,25 @@ class Transformer(nn.Module):
         if mask is None:
             mask = torch.ones(B, S, dtype=torch.bool, device=ids.device)
         position = (mask.cumsum(1) - 1).clamp(min=0)            # (B, S), 0 at the first real token
-        position = position[:, S - T:]                          # (B, T)
         layout = every_token(ids)
-        if S == T and ids.device.type == "cpu":                 # on a GPU it has not been tried
+        # behind a cache the same ids may have different pasts; and on a GPU it has not been tried
+        if S == T and ids.device.type == "cpu":
             layout = different_tokens(ids, mask)
-        angle = from_rows(position, layout)[:, None] * self.speeds.to(ids.device)  # (U, D/2)
+        position = from_rows(position[:, S - T:], layout)       # (U,)
+        angle = position[:, None] * self.speeds.to(ids.device)  # (U, D/2)
         angle = torch.cat([angle, angle], dim=-1)[:, None]      # (U, 1, D), for all heads
         x = self.embed(from_rows(ids, layout))                  # (U, C)
         cos = angle.cos().to(x.dtype)
         sin = angle.sin().to(x.dtype)
         allowed = attention_mask(mask, T)
-        if at is not None:
-            at = layout.number[at]                              # (N,) the numbers of these tokens
+        wanted = None if at is None else layout.number[at]      # (N,) their numbers
         with low_precision(ids.device):
             for block in self.blocks:
-                x = block(x, layout, cos, sin, allowed, cache, at)
+                x = block(x, layout, cos, sin, allowed, cache, wanted)
         if cache is not None:
             cache.length = S        # now that every layer has added its own
         x = self.norm(x)
-        if at is not None:
-            return x
-        return to_rows(x, layout)
+        return to_rows(x, layout) if at is None else x
 
     def head(self, hidden):
         """(.., C) -> logits (.., V)"""
@@ -379,9 +365,9 @@ class ScalarModel(nn.Module):
 
 def end_scores(model, ids, mask):
     """What a ScalarModel says of a text: its number at the last real token. -> (B,) or (B, k)"""
-    place = torch.arange(mask.shape[1], device=mask.device)     # (T,)
-    last = (mask * place).argmax(1)                             # (B,), wherever padding is
-    at = place == last[:, None]                                 # (B, T), one place in each row
+    column = torch.arange(mask.shape[1], device=mask.device)    # (T,)
+    last = (mask * column).argmax(1)                            # (B,), wherever padding is
+    at = column == last[:, None]                                # (B, T), one place in each row
     return model.head(model.transformer.hidden(ids, mask, at=at))
 
 
@@ -485,9 +471,9 @@ def token_logps(model, ids, mask, answer, temperature=1.0):
         logps = logps.gather(2, ids[:, 1:, None])[..., 0]                           (B, T-1)
         logps = F.pad(logps, (1, 0)).masked_fill(~answer, 0)                        (B, T)
 
-    The code does the same with less work: only positions that are needed meet the vocabulary. Give
-    it the temperature that sampled the answers, or it scores another policy than the one that
-    acted.
+    The code does the same with less work: only positions that are needed meet the vocabulary, and
+    hidden() computes tokens that rows share once. Give it the temperature that sampled the answers,
+    or it scores another policy than the one that acted.
     """
     before = answer[:, 1:]              # (B, T-1), True where the next token is one of N to score
     states = model.hidden(ids[:, :-1], mask[:, :-1], at=before)  # (N, C)
@@ -566,7 +552,7 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
     logps = torch.zeros(B, max_new, device=ids.device)
     hidden = torch.inference_mode()(model.hidden)               # quicker than no_grad
     cache = Cache(P + max_new)
-    state = hidden(ids, mask, cache)[:, -1]                     # (B, C)
+    state = hidden(ids, mask, cache)[:, -1]         # (B, C); what prompts share is computed once
     mask = F.pad(mask, (0, max_new), value=True)                # (B, P + max_new)
     rows = torch.arange(B, device=ids.device)       # those still going
     for t in range(max_new):
