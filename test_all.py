@@ -344,10 +344,12 @@ def test_the_first_real_token_is_at_position_0(monkeypatch):
         assert (cos[row, first + 1] < 1).any()
 
 
-def test_a_row_of_padding_alone_gives_no_nan():
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_of_padding_alone_give_no_nan(rows):
+    """One of two rows, and the only row."""
     model = tiny_model()
-    mask = torch.zeros(2, 6, dtype=torch.bool)
-    mask[1] = True
+    mask = torch.zeros(rows, 6, dtype=torch.bool)
+    mask[1:] = True
     logps = M.token_logps(model, mask.long(), mask, mask & (torch.arange(6) > 0))
     logps.sum().backward()
     for tensor in [logps, *gradients(model)]:
@@ -430,15 +432,18 @@ def test_end_scores_are_read_at_the_last_real_token(k, shape):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 16, 17])
-def test_a_product_with_few_rows_is_the_same_product(rows):
-    """A large matrix is read in another way round by few rows. Values and gradients."""
-    W = torch.randn(500, 401, requires_grad=True)
+def test_a_layer_with_few_rows_is_the_same_layer(rows):
+    """A large matrix is read another way round by few rows. Values and gradients."""
+    layer = M.Linear(401, 500)
     x = torch.randn(rows, 401, requires_grad=True)
     weight = torch.randn(rows, 500)
-    for got, want in [(M.product(x, W), x @ W.T), (M.product(x[None], W), (x @ W.T)[None])]:
+    want = x @ layer.weight.T + layer.bias
+    parameters = [x, *layer.parameters()]
+    theirs = torch.autograd.grad((want * weight).sum(), parameters)
+    for got in [layer(x), layer(x[None])[0]]:
         near(got, want, 1e-4)
-        ours = torch.autograd.grad((got * weight).sum(), [x, W])
-        theirs = torch.autograd.grad((want * weight).sum(), [x, W])
+        assert got.is_contiguous()
+        ours = torch.autograd.grad((got * weight).sum(), parameters)
         assert close(ours, theirs, 1e-4)
 
 
@@ -563,10 +568,11 @@ def test_a_token_is_computed_once_for_each_beginning_of_a_row(seed, left, monkey
 
 
 def test_rows_that_share_nothing_are_left_as_they_are():
-    ids = torch.arange(12).view(3, 4)
+    """In whatever order they stand."""
+    ids = 11 - torch.arange(12).view(3, 4)
     number, place = M.different_tokens(ids, ids >= 0)
-    assert torch.equal(number, ids)
-    assert torch.equal(place, ids.flatten())
+    assert torch.equal(number, 11 - ids)
+    assert torch.equal(place, 11 - ids.flatten())
 
 
 def test_a_cache_holds_pasts_that_ids_do_not_show():

@@ -350,8 +350,8 @@ BUGS = [
 
     ('cai.py', 'return (a_first + 1 - b_first) / 2', 'return (a_first + b_first) / 2',
      'measures the liking for A'),
-    ('cai.py', '[len(question) - 1 for question in part]',
-     '[len(question) - 2 for question in part]', 'the judge is read too early'),
+    ('cai.py', 'marks = [0] * (len(ids) - 1) + [1]  ',
+     'marks = [0] * (len(ids) - 2) + [1, 0]  ', 'the judge is read too early'),
     ('cai.py', '(1 - p) * F.logsigmoid(-h)', '(1 - p) * F.logsigmoid(h)',
      'labels below 1 are not heard'),
     ('cai.py', 'loss = -logps.sum() / tokens', 'loss = -logps.mean()',
