@@ -79,42 +79,11 @@ def rotate(x, cos, sin):
 
 
 class Layout(NamedTuple):
-    """Which tokens have to be computed, and where they stand. Attention alone looks at other
-    tokens, and so needs rows, (B, T). All else is done to each token by itself, (U, C)."""
+    """Which tokens have to be computed (different_tokens, below), and where they stand. Attention
+    alone looks at other tokens, and so needs rows, (B, T). All else is done to each token by
+    itself, (U, C)."""
     number: torch.Tensor     # (B, T) which token stands here, 0 to U - 1; at padding any
     place: torch.Tensor      # (U,) one place where that token stands, 0 to B * T - 1
-
-
-def every_token(ids):
-    """A token of its own at each place: U = B * T."""
-    place = torch.arange(ids.numel(), device=ids.device)
-    return Layout(place.view(ids.shape), place)
-
-
-def different_tokens(ids, mask):
-    """What a token becomes depends on itself and on those before it. So as long as rows are alike
-    from their start, like answers to one prompt, their tokens are computed once; and padding never.
-    After rows have parted equal ids are different tokens, for they have different pasts.
-    ids, mask (B, T) -> Layout; here the words' ids are in the order of the alphabet:
-
-        The sky is blue             number  0 1 2 3             place   0 1 2 3 7 9
-        The sky is wide                     0 1 2 4
-        The sun                             0 5 . ."""
-    B, T = ids.shape
-    texts = ids.where(mask, -1)                                 # (B, T), no id is -1
-    texts, which = texts.unique(dim=0, return_inverse=True)     # (R, T) in order, and (B,)
-    parted = (texts[1:] != texts[:-1]).cummax(1).values         # (R-1, T), from the text above
-    new = texts >= 0                                            # (R, T)
-    new[1:] &= parted
-    U = int(new.sum())
-    if U == B * T or U == 0:
-        return every_token(ids)         # nothing to save, or nothing at all
-    number = new.flatten().cumsum(0).view(new.shape) - 1        # (R, T), right where it is new
-    # elsewhere it is that of the text above. Numbers grow downwards, so the largest is the nearest
-    number = number.where(new, 0).cummax(0).values
-    place = torch.empty_like(texts)                             # (R, T)
-    place[which] = torch.arange(B * T, device=ids.device).view(B, T)  # of equal rows any one's
-    return Layout(number[which], place[new])
 
 
 def to_rows(x, layout):
@@ -340,6 +309,38 @@ class Transformer(nn.Module):
         if self.config.tie:
             return product(hidden, self.embed.weight)
         return self.unembed(hidden)
+
+
+def every_token(ids):
+    """A token of its own at each place: U = B * T."""
+    place = torch.arange(ids.numel(), device=ids.device)
+    return Layout(place.view(ids.shape), place)
+
+
+def different_tokens(ids, mask):
+    """What a token becomes depends on itself and on those before it. So as long as rows are alike
+    from their start, like answers to one prompt, their tokens are computed once; and padding never.
+    After rows have parted equal ids are different tokens, for they have different pasts.
+    ids, mask (B, T) -> Layout; here the words' ids are in the order of the alphabet:
+
+        The sky is blue             number  0 1 2 3             place   0 1 2 3 7 9
+        The sky is wide                     0 1 2 4
+        The sun                             0 5 . ."""
+    B, T = ids.shape
+    texts = ids.where(mask, -1)                                 # (B, T), no id is -1
+    texts, which = texts.unique(dim=0, return_inverse=True)     # (R, T) in order, and (B,)
+    parted = (texts[1:] != texts[:-1]).cummax(1).values         # (R-1, T), from the text above
+    new = texts >= 0                                            # (R, T)
+    new[1:] &= parted
+    U = int(new.sum())
+    if U == B * T or U == 0:
+        return every_token(ids)         # nothing to save, or nothing at all
+    number = new.flatten().cumsum(0).view(new.shape) - 1        # (R, T), right where it is new
+    # elsewhere it is that of the text above. Numbers grow downwards, so the largest is the nearest
+    number = number.where(new, 0).cummax(0).values
+    place = torch.empty_like(texts)                             # (R, T)
+    place[which] = torch.arange(B * T, device=ids.device).view(B, T)  # of equal rows any one's
+    return Layout(number[which], place[new])
 
 
 class ScalarModel(nn.Module):

@@ -13,7 +13,7 @@ looks only back, so no earlier token has seen the whole answer.
 By hand: r(A) = 1.2, r(B) = 0.8, and B is chosen. sigma(0.8 - 1.2) = 0.401, the loss is -log 0.401 =
 0.913, and its gradient pushes r(B) up and r(A) down by 1 - 0.401 = 0.599 each.
 
-    python reward_model.py                  pairs: out/sft -> out/reward_model, 38 s on two cores
+    python reward_model.py                  pairs: out/sft -> out/reward_model, 26 s on two cores
     python reward_model.py --kind ranked    four answers, from best to worst; KINDS is the table
     python reward_model.py --kind multi     three heads: helpful, harmless, honest
     python reward_model.py --data mine.jsonl --init SmolLM2-135M --lr 2e-5 --out out/mine

@@ -12,7 +12,7 @@ Here y_i is a whole row, prompt and answer, and t a position in it. By hand: two
 and its <|im_end|> get 0.5, 0.25 and 0.8. Their product is 0.1, so L = - ln(0.1) / 3 = 0.768. How
 likely the question is does not count: its m is 0.
 
-    python sft.py                            data/base -> out/sft, 12 s: gold 0.28 -> 0.56
+    python sft.py                            data/base -> out/sft, 10 s: gold 0.28 -> 0.56
     python sft.py --lora 8 --steps 110 --out out/lora      by adapters of rank 8, on frozen weights
     python sft.py --data mine.jsonl --init SmolLM2-135M --lr 2e-5 --out out/mine
 

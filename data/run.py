@@ -194,7 +194,7 @@ def check_out(out):
 
 
 # what each script takes on two cores, in seconds
-STAGES = {"sft": 12, "reward_model": 40, "ppo": 45, "grpo": 20, "dpo": 30, "cai": 40}
+STAGES = {"sft": 10, "reward_model": 30, "ppo": 35, "grpo": 15, "dpo": 25, "cai": 35}
 
 
 def need(folder):

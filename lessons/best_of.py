@@ -17,7 +17,7 @@ A first table shows what choosing buys before any training: the judge's score, a
 control, one from random ones. The control trains as long, on words of the same model, but nobody
 has chosen them.
 
-    python -m lessons.best_of     two minutes; 16 answers to 256 prompts, chosen by out/reward_model
+    python -m lessons.best_of     a minute; 16 answers to 256 prompts, chosen by out/reward_model
     python sft.py --init out/sft --data out/best_of/best.jsonl --out out/mine      learn from them
 
 Simplified: one round. Llama 2 went through several and kept the best of them all.

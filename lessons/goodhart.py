@@ -20,7 +20,7 @@ By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A tenth of the run an
 prompts, so a share moves by luck, one deviation, by 0.5 / sqrt(128) = 0.044 at most. An alarm wants
 five of them. (Gold here is of answers to these prompts at temperature 1, and not the exam's.)
 
-    python -m lessons.goodhart      six runs, twelve minutes of a busy core: five prices, and
+    python -m lessons.goodhart      six runs, eight minutes of a busy core: five prices, and
                                     three judges at beta 0; three more where the two extra
                                     judges have to be made
     python -m lessons.goodhart --betas "0.1 0" --judges 1      the leash of ppo.py, and none

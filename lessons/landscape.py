@@ -19,7 +19,7 @@ Every loss of dpo.py pulls a pair apart. Four questions, asked of the function i
 
     python -m lessons.landscape --runs ""                the toy and the map alone, in seconds
     python -m lessons.landscape --runs "dpo ipo kto"     and these three, in a minute and a half
-    python -m lessons.landscape                          ten losses, thumbs and PPO: eight minutes
+    python -m lessons.landscape                          ten losses, thumbs and PPO: six minutes
     python -m lessons.landscape --scenario noisy         a third of the labels is wrong, or another
                                                          of four: see scenario()
 

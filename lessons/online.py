@@ -12,7 +12,7 @@ step, or in a few rounds, between which they grow stale. Offline, online, and wh
 
 The loss is dpo.py's, and so is the loop. What differs is where a batch comes from.
 
-    python -m lessons.online                 all three: gold, and what it cost in KL; five minutes
+    python -m lessons.online                 all three: gold, and what it cost in KL; four minutes
     python -m lessons.online --rounds 3      only so many rounds (110: one a step)
 
 What to see: gold, and flattery beside it. The reward model has learned from annotators who like

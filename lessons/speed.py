@@ -6,9 +6,9 @@ and an addition. So N weights in matrices and n tokens want
 
     operations = 6 N n
 
-By hand: data/base has 917,504 weights in its matrices. A step of sft.py, some 1,400 answers' tokens
-among 4,000, wants 6 x 917,504 x 4,000 = 22 billion operations. A machine that makes 100 billion a
-second would need 0.2 s, if it did nothing else.
+By hand: data/base has 917,504 weights in its matrices. A step of sft.py has some 2,200 tokens that
+are different (model.different_tokens), and wants 6 x 917,504 x 2,200 = 12 billion operations. A
+machine that makes 100 billion a second would need 0.12 s, if it did nothing else.
 
 What it makes is measured first, in products of large matrices. Then sampling, then some steps of
 each script as it stands. What is left of a script's time is loading, exams, and the answers that
