@@ -284,10 +284,10 @@ class Transformer(nn.Module):
         if mask is None:
             mask = torch.ones(B, S, dtype=torch.bool, device=ids.device)
         position = (mask.cumsum(1) - 1).clamp(min=0)            # (B, S), 0 at the first real token
-        layout = every_token(ids)
-        # behind a cache the same ids may have different pasts; and on a GPU it has not been tried
         if S == T and ids.device.type == "cpu":
             layout = different_tokens(ids, mask)
+        else:       # behind a cache equal ids may have different pasts; on a GPU it is not tried
+            layout = every_token(ids)
         position = from_rows(position[:, S - T:], layout)       # (U,)
         angle = position[:, None] * self.speeds.to(ids.device)  # (U, D/2)
         angle = torch.cat([angle, angle], dim=-1)[:, None]      # (U, 1, D), for all heads

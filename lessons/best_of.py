@@ -89,7 +89,7 @@ def scores_at_the_end(judge, tokenizer, examples):
     """What a ScalarModel says of each of any number of texts. -> (N,)"""
     scores = []
     for part in parts(examples, math.ceil(len(examples) / 256)):
-        ids, mask, answer = collate(part, tokenizer, judge.mean.device)     # (256, T) each
+        ids, mask, _ = collate(part, tokenizer, judge.mean.device)          # (256, T) each
         scores.append(end_scores(judge, ids, mask).cpu())
     return torch.cat(scores)
 
