@@ -23,8 +23,11 @@ never end.)
 A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true} where it is an
 attack; both kinds are needed. Put your model's words for "no flaw" into NOTHING first, else every
 answer is mended in every round. What it learned from stands in out/cai/revisions.jsonl and
-out/cai/verdicts.jsonl: sft.py, dpo.py and reward_model.py read them (without p: they learn who won,
-not by how much). With that reward model, ppo.py --init out/cai/sl is the paper's own RLAIF.
+out/cai/verdicts.jsonl: sft.py, dpo.py and reward_model.py read them, the last two without p: they
+learn who won, not by how much. The paper's own RLAIF is
+
+    python reward_model.py --data out/cai/verdicts.jsonl --init out/cai/sl --out out/cai/judge
+    python ppo.py --init out/cai/sl --reward out/cai/judge --out out/cai/ppo
 
 Simplified from Bai et al. 2022 (2212.08073): the SFT model stands for a helpful-only RLHF model,
 there are no human labels of helpfulness, no chain of thought, and DPO takes the place of PPO.
@@ -181,15 +184,15 @@ def in_order(principles, config, generator):
 
 
 @torch.no_grad()
-def judge(model, tokenizer, prompts, firsts, seconds, principles):
-    """P("A") for two answers to each prompt, the first of them at A. -> (N,)
+def judge(model, tokenizer, conversations, firsts, seconds, principles):
+    """P("A") for two answers to each conversation, the first of them at A. -> (N,)
     The reply is one token, and its probability says more than a sample. All tokens but A and B are
     left out, so that P("B") is 1 - P("A")."""
     questions = []
-    for prompt, first, second, principle in zip(prompts, firsts, seconds, principles):
-        text = COMPARE.format(prompt=flat(prompt), a=first, b=second, principle=principle)
+    for messages, first, second, principle in zip(conversations, firsts, seconds, principles):
+        text = COMPARE.format(prompt=flat(messages), a=first, b=second, principle=principle)
         ids = render_prompt(tokenizer, [{"role": "user", "content": text}])
-        marks = [0] * (len(ids) - 1) + [1]                      # after the last comes the letter
+        marks = [0] * (len(ids) - 1) + [1]      # no answer: where to read, just before the letter
         questions.append(Example(ids, marks))
     letters = [tokenizer.encode_ordinary(letter)[0] for letter in "AB"]
     p = []
@@ -201,10 +204,10 @@ def judge(model, tokenizer, prompts, firsts, seconds, principles):
     return torch.cat(p)
 
 
-def both_orders(model, tokenizer, prompts, a, b, principles, config):
+def both_orders(model, tokenizer, conversations, a, b, principles, config):
     """Each pair of answers is judged twice, under the same principle. -> P(a is better), (N,)"""
-    a_first = judge(model, tokenizer, prompts, a, b, principles)  # (N,) a stands at A
-    b_first = judge(model, tokenizer, prompts, b, a, principles)  # (N,) b stands at A
+    a_first = judge(model, tokenizer, conversations, a, b, principles)  # (N,) a stands at A
+    b_first = judge(model, tokenizer, conversations, b, a, principles)  # (N,) b stands at A
     config.say(f"{len(a)} pairs: P(a is better) is {a_first.mean():.2f} with a at A, "
                f"{1 - b_first.mean():.2f} with a at B")
     return preference(a_first, b_first)
@@ -216,7 +219,7 @@ class Verdict(NamedTuple):
     a: Example               # tokens of a prompt and of one answer
     b: Example               # tokens of the prompt and of another answer
     p: float                 # how probable the judge finds it that a is better
-    line: dict               # the same as JSON; its "p" is that of the chosen one
+    line: dict               # the same as JSON; there "p" is the winner's, so 1/2 or more
 
 
 def longest(verdict):
@@ -226,7 +229,7 @@ def longest(verdict):
 def read_prompts(config, tokenizer, context, principles):
     """-> red-team prompts, those with "attack" in their line, and all others"""
     most = max(len(tokenizer.encode_ordinary(principle)) for principle in principles)
-    between = 70                # tokens of a critique, and of CRITIQUE, REVISE and COMPARE
+    between = 70        # tokens of a critique, CRITIQUE and REVISE (or COMPARE), and of their turns
     room = context - 2 * config.max_new - most - between
     red, plain = [], []
     for prompt in rows.read_prompts(config.data):
@@ -271,9 +274,9 @@ def compare(model, tokenizer, pairs, principles, config, generator):
             seconds.append(b)
     if not prompts:
         raise UserError("the model always gives the same answer twice: there is nothing to compare")
-    messages = [prompt.messages for prompt in prompts]
-    drawn = [in_order(principles, config, generator)[0] for _ in prompts]
-    p = both_orders(model, tokenizer, messages, firsts, seconds, drawn, config)
+    conversations = [prompt.messages for prompt in prompts]
+    one_each = [in_order(principles, config, generator)[0] for _ in prompts]
+    p = both_orders(model, tokenizer, conversations, firsts, seconds, one_each, config)
     verdicts = []
     for prompt, a, b, p_a in zip(prompts, firsts, seconds, p.tolist()):
         line = prompt.row | {"chosen": a, "rejected": b, "p": p_a}
@@ -287,7 +290,8 @@ def compare(model, tokenizer, pairs, principles, config, generator):
 
 def answer_logps(model, verdicts, tokenizer):
     """log pi(y|x) of both answers, summed over their tokens; one pass for both, so that the prompt
-    they share is computed once. -> two of (B,)"""
+    they share is computed once. DPO asks how likely they are, not how they were drawn, so the
+    temperature is 1. -> two of (B,)"""
     examples = []
     for verdict in verdicts:
         examples.append(verdict.a)
@@ -337,12 +341,12 @@ def show_loss(policy, reference, verdict, tokenizer, config):
 def judged_better(teacher, policy, tokenizer, drafts, principles, config, generator):
     """Of prompts that are not of our world no truth is known. How probable does the teacher find it
     that the new answer is better than the first one? 1/2: no difference."""
-    prompts = [draft.prompt.messages for draft in drafts]
-    new = respond(policy, tokenizer, prompts, max_new=config.max_new,
+    conversations = [draft.prompt.messages for draft in drafts]
+    new = respond(policy, tokenizer, conversations, max_new=config.max_new,
                   temperature=config.temperature, generator=generator)
-    drawn = [in_order(principles, config, generator)[0] for _ in drafts]
+    one_each = [in_order(principles, config, generator)[0] for _ in drafts]
     old = [draft.first for draft in drafts]
-    p = both_orders(teacher, tokenizer, prompts, new, old, drawn, config)
+    p = both_orders(teacher, tokenizer, conversations, new, old, one_each, config)
     return p.mean().item()
 
 
@@ -366,7 +370,7 @@ def train(config):
                f"{len(red)} red-team prompts,\n{len(plain)} others")
 
     # BEFORE
-    before = {"judge": 0.5}
+    before = {"judge": 0.5}                         # a model is as good as itself
     if world:
         before, old_answers = exam.exam(teacher, tokenizer, reference=teacher, seed=config.seed)
 
@@ -382,9 +386,9 @@ def train(config):
     for draft in mended[:1]:
         show_draft(draft, config)
 
-    # Learn the drafts as they are now, and as many answers to other prompts, to stay helpful. These
-    # are learned as they come, without critique. A few drafts with a flaw are as they were, too: no
-    # revision of them came to an end.
+    # Learn the drafts as they are now. Some are as they were: without a flaw, or without a revision
+    # that came to an end. And answers to at most as many other prompts, as they come, to stay
+    # helpful.
     others = own_answers(teacher, tokenizer, plain[:len(drafts)], 1, config, generator)
     taught = [(draft.prompt, draft.text) for draft in drafts]
     taught += [(prompt, texts[0]) for prompt, texts in others]
@@ -399,7 +403,7 @@ def train(config):
     config.say(f"SL-CAI: {len(drafts)} answers to attacks, {len(mended)} of them mended, and "
                f"{len(others)} to other prompts")
 
-    sl_config = replace(config, steps=config.sl_steps)
+    sl_config = replace(config, steps=config.sl_steps)          # for steps() and Log
     sl_log = Log(sl_config)
     add_lora(policy, config.lora)
     optimizer = adamw(policy, config.sl_lr)

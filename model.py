@@ -33,7 +33,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------- the network
 # B batch, T time, C channels, V vocabulary; H query heads, K key heads, D channels of a head;
 # S tokens so far: the T new ones and those in the cache, if there is one
-# U different real tokens fill the B * T places; one that rows share counts once (Layout)
+# U of the B * T tokens are computed: one that rows share once, padding not at all (Layout)
 # cos, sin (U, 1, D): of the angle of each position; allowed (B, 1, T, S): who may look at whom
 
 
@@ -79,11 +79,18 @@ def rotate(x, cos, sin):
 
 
 class Layout(NamedTuple):
-    """Which tokens have to be computed (different_tokens, below), and where they stand. Attention
-    alone looks at other tokens, and so needs rows, (B, T). All else is done to each token by
-    itself, (U, C)."""
-    number: torch.Tensor     # (B, T) which token stands here, 0 to U - 1; at padding any
-    place: torch.Tensor      # (U,) one place where that token stands, 0 to B * T - 1
+    """What becomes of a token depends on itself and on those before it. So as long as rows are
+    alike from their start, like answers to one prompt, their tokens are computed once; and padding
+    never. After rows have parted equal words are different tokens, for they have different pasts.
+
+        The sky is blue             number  0 1 2 3             place   0 1 2 3 7 9
+        The sky is wide                     0 1 2 4
+        The sun                             0 5 . .
+
+    Attention alone looks at other tokens, and so needs rows, (B, T). All else is done to each
+    token by itself: x (U, C)."""
+    number: torch.Tensor     # (B, T) which row of x is this place's token? (at padding any)
+    place: torch.Tensor      # (U,) at which of the B * T places does this row of x stand?
 
 
 def to_rows(x, layout):
@@ -106,10 +113,10 @@ def attention_mask(mask, T):
     """Which of S tokens may each of the newest T look at? At itself and at the real ones before
     it. mask (B, S), True at real tokens -> (B, 1, T, S), or None where no mask is needed."""
     S = mask.shape[1]
-    nothing_on_the_left = mask[:, 0].all()
-    if nothing_on_the_left and T == S:
+    no_left_padding = mask[:, 0].all()
+    if no_left_padding and T == S:
         return None     # plain causal attention: padding on the right comes later than real tokens
-    if nothing_on_the_left and T == 1:
+    if no_left_padding and T == 1:
         return None     # the newest token sees them all
     key = torch.arange(S, device=mask.device)                   # (S,) positions
     query = key[S - T:, None]                                   # (T, 1)
@@ -172,8 +179,8 @@ def product(x, W, bias=None):
     large = W.numel() > 200_000
     if not (few and large and x.device.type == "cpu"):
         return F.linear(x, W, bias)
-    # Sampling from a real model: what takes time is to read W, and W x^T reads it twice as fast.
-    # A product with a single column is slow again, so that row comes twice.
+    # Sampling from a real model (the toy's matrices are smaller): what takes time is to read W, and
+    # W x^T reads it twice as fast. With a single column it is slow again, so that row comes twice.
     if rows == 1:
         x = x.repeat(2, 1)
     y = (W @ x.T).T[:rows].contiguous()
@@ -181,6 +188,8 @@ def product(x, W, bias=None):
 
 
 class Linear(nn.Linear):
+    """The same, by product()."""
+
     def forward(self, x):
         return product(x, self.weight, self.bias)
 
@@ -284,10 +293,10 @@ class Transformer(nn.Module):
         if mask is None:
             mask = torch.ones(B, S, dtype=torch.bool, device=ids.device)
         position = (mask.cumsum(1) - 1).clamp(min=0)            # (B, S), 0 at the first real token
-        if S == T and ids.device.type == "cpu":
+        if S == T:
             layout = different_tokens(ids, mask)
-        else:       # behind a cache equal ids may have different pasts; on a GPU it is not tried
-            layout = every_token(ids)
+        else:
+            layout = every_token(ids)       # behind a cache equal ids may have different pasts
         position = from_rows(position[:, S - T:], layout)       # (U,)
         angle = position[:, None] * self.speeds.to(ids.device)  # (U, D/2)
         angle = torch.cat([angle, angle], dim=-1)[:, None]      # (U, 1, D), for all heads
@@ -318,28 +327,23 @@ def every_token(ids):
 
 
 def different_tokens(ids, mask):
-    """What a token becomes depends on itself and on those before it. So as long as rows are alike
-    from their start, like answers to one prompt, their tokens are computed once; and padding never.
-    After rows have parted equal ids are different tokens, for they have different pasts.
-    ids, mask (B, T) -> Layout; here the words' ids are in the order of the alphabet:
-
-        The sky is blue             number  0 1 2 3             place   0 1 2 3 7 9
-        The sky is wide                     0 1 2 4
-        The sun                             0 5 . ."""
+    """ids, mask (B, T) -> Layout. In order, rows that begin alike are neighbours; so a token is a
+    new one where its row has parted from the row above. R rows are different."""
     B, T = ids.shape
     texts = ids.where(mask, -1)                                 # (B, T), no id is -1
-    texts, which = texts.unique(dim=0, return_inverse=True)     # (R, T) in order, and (B,)
-    parted = (texts[1:] != texts[:-1]).cummax(1).values         # (R-1, T), from the text above
+    texts, which = texts.unique(dim=0, return_inverse=True)     # (R, T) in order; (B,), 0 to R - 1
+    parted = (texts[1:] != texts[:-1]).cummax(1).values         # (R-1, T), True from where they do
     new = texts >= 0                                            # (R, T)
     new[1:] &= parted
     U = int(new.sum())
-    if U == B * T or U == 0:
-        return every_token(ids)         # nothing to save, or nothing at all
+    if U == B * T or U == 0:            # nothing to save, or nothing at all
+        return every_token(ids)         # to_rows and from_rows leave B * T tokens in their places
     number = new.flatten().cumsum(0).view(new.shape) - 1        # (R, T), right where it is new
     # elsewhere it is that of the text above. Numbers grow downwards, so the largest is the nearest
     number = number.where(new, 0).cummax(0).values
+    places = torch.arange(B * T, device=ids.device).view(B, T)
     place = torch.empty_like(texts)                             # (R, T)
-    place[which] = torch.arange(B * T, device=ids.device).view(B, T)  # of equal rows any one's
+    place[which] = places               # of rows that are equal one stays, whichever
     return Layout(number[which], place[new])
 
 
@@ -473,8 +477,9 @@ def token_logps(model, ids, mask, answer, temperature=1.0):
         logps = F.pad(logps, (1, 0)).masked_fill(~answer, 0)                        (B, T)
 
     The code does the same with less work: only positions that are needed meet the vocabulary, and
-    hidden() computes tokens that rows share once. Give it the temperature that sampled the answers,
-    or it scores another policy than the one that acted.
+    hidden() computes tokens that rows share once. answer is False in column 0, which nothing
+    predicts. In RL, give it the temperature that sampled the answers, or it scores another policy
+    than the one that acted.
     """
     before = answer[:, 1:]              # (B, T-1), True where the next token is one of N to score
     states = model.hidden(ids[:, :-1], mask[:, :-1], at=before)  # (N, C)
@@ -549,7 +554,7 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
 def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, generator):
     """Token by token. ids, mask (B, P) -> tokens, log-probs, (B, max_new) each."""
     B, P = ids.shape
-    tokens = torch.full((B, max_new), end, device=ids.device)
+    tokens = torch.full((B, max_new), end, device=ids.device)   # who ended early is not drawn again
     logps = torch.zeros(B, max_new, device=ids.device)
     hidden = torch.inference_mode()(model.hidden)               # quicker than no_grad
     cache = Cache(P + max_new)
@@ -570,7 +575,8 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
         going = (tokens[rows, :t + 1] != end).all(1)            # (rows,)
         if t + 1 == max_new or not going.any():
             break
-        if going.float().mean() < 0.7:              # drop those that have ended, not one by one
+        # drop those that have ended, but seldom: it copies the whole cache
+        if going.float().mean() < 0.7:
             rows = rows[going]
             token = token[going]
             cache.select(going)
