@@ -12,17 +12,18 @@ KL from where it began (Gao et al. 2023, 2210.10760). Three cures, none of which
 
     kl         to choose the best of n answers takes log n - (n - 1)/n nats (Stiennon et al. 2020,
                2009.01325): beyond n = 100 these are answers that the reference hardly ever gives
-    length     half as long again is another kind of answer
+    length     half as long again as at the start is another kind of answer
     repeated   in more answers than luck explains, three words in a row come twice
     openings   the five commonest beginnings begin more answers than luck explains
 
-By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A tenth of the run answers 8 x 16 = 128
-prompts, so a share moves by luck, one deviation, by 0.5 / sqrt(128) = 0.044 at most. An alarm wants
-five of them. (Gold here is of answers to these prompts at temperature 1, and not the exam's.)
+By hand: the best of 100 takes log 100 - 0.99 = 3.62 nats. A tenth of the run is 8 steps of 64 / 4 =
+16 prompts, 128 together, so a share moves by luck, one deviation, by 0.5 / sqrt(128) = 0.044 at
+most. An alarm wants five of them, 0.22. (Gold here is of answers to these prompts at temperature 1,
+and not the exam's.)
 
     python -m lessons.goodhart      six runs, eight minutes of a busy core: five prices, and
-                                    three judges at beta 0; three more where the two extra
-                                    judges have to be made
+                                    three judges at beta 0; one more, the first time, to make
+                                    two of the judges
     python -m lessons.goodhart --betas "0.1 0" --judges 1      the leash of ppo.py, and none
 
 The picture has judge and truth in it: `liked` is how often the judge would prefer an answer to an
@@ -70,9 +71,10 @@ class Config(figures.Lesson):
 
 SHARED = ("init", "data", "reward", "steps", "batch", "accumulate", "lr", "lora", "seed", "device",
           "bf16", "algorithm")
-FREE = "beta 0"               # the names of three runs: without a leash,
-PRICE = f"beta {ppo.Config.beta}"   # on ppo.py's,
-DOUBT = "doubt"               # and without one, but with three judges
+# three runs, by name
+FREE = "beta 0"                         # no leash
+PRICE = f"beta {ppo.Config.beta:g}"     # ppo.py's leash
+DOUBT = "doubt"                         # no leash, but three judges
 
 
 # ---------------------------------------------------------------- what needs no truth
@@ -214,7 +216,9 @@ def run(config):
     config.say("at the start: score {score:.2f}, gold {gold:.2f}, length {length:.2f}, "
                "repeated {repeated:.2f},\nopenings {openings:.2f}".format(**start))
     prompts = config.batch // ppo.ALGORITHMS[config.algorithm].group
-    runs = {f"beta {beta}": (float(beta), judges[:1]) for beta in config.betas.split()}
+    runs = {}
+    for beta in map(float, config.betas.split()):
+        runs[f"beta {beta:g}"] = (beta, judges[:1])
     if len(judges) > 1:
         runs[DOUBT] = (0.0, judges)
     tables = {}
