@@ -483,7 +483,8 @@ def token_logps(model, ids, mask, answer, temperature=1.0):
     """
     before = answer[:, 1:]              # (B, T-1), True where the next token is one of N to score
     states = model.hidden(ids[:, :-1], mask[:, :-1], at=before)  # (N, C)
-    logps = (model.head(states) / temperature).log_softmax(-1)  # (N, V)
+    states = states / temperature       # and so the logits, of which there are more: head is linear
+    logps = model.head(states).log_softmax(-1)                  # (N, V)
     logps = logps.gather(1, ids[answer][:, None])[:, 0]         # (N,)
     return logps.new_zeros(ids.shape).masked_scatter(answer, logps)  # (B, T)
 

@@ -36,7 +36,7 @@ BUGS = [
     ('model.py', 'if self.config.tie:\n', 'if True:\n',
      'untied models project by embedding'),
     ('model.py', '(hidden) - self.mean', '(hidden) + self.mean', "the reward's mean is added"),
-    ('model.py', '(model.head(states) / temperature)', 'model.head(states)',
+    ('model.py', 'states = states / temperature', 'states = states',
      'log-probs without the sampling temperature'),
     ('model.py', 'model.hidden(ids[:, :-1], mask[:, :-1], at=before)',
      'model.hidden(ids[:, 1:], mask[:, 1:], at=before)', 'each token is predicted from itself'),
