@@ -17,14 +17,14 @@ never end.)
 
     python cai.py                             out/sft -> out/cai, by data/constitution.json
     python cai.py --constitution mine.json    by yours, a list of {"id": ..., "principle": ...}
-    python cai.py --data mine.jsonl --init SmolLM2-135M-Instruct --lr 1e-5 --sl-lr 1e-5
+    python cai.py --data mine.jsonl --init SmolLM2-135M-Instruct --lr 1e-5 --sl-lr 1e-5 --out mine
     python -m lessons.constitution            what each principle buys, and who judges the judge
 
 A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true} where it is an
 attack; both kinds are needed. Put your model's words for "no flaw" into NOTHING first, else every
 answer is mended in every round. What it learned from stands in out/cai/revisions.jsonl and
 out/cai/verdicts.jsonl: sft.py, dpo.py and reward_model.py read them, the last two without p: they
-learn who won, not by how much. The paper's own RLAIF is
+learn who won, not by how much. But for that, the paper's own RLAIF is
 
     python reward_model.py --data out/cai/verdicts.jsonl --init out/cai/sl --out out/cai/judge
     python ppo.py --init out/cai/sl --reward out/cai/judge --out out/cai/ppo
@@ -95,7 +95,8 @@ def soft_label_loss(h, p):
 # ---------------------------------------------------------------- critique, revise, judge
 # SEAM: how to ask depends on the model. Ours has read people argue on the web in the words of
 # CRITIQUE, REVISE and COMPARE (data/studybuddy.py). A critique that begins with one of NOTHING
-# finds no flaw; a model that says it otherwise needs other words here.
+# finds no flaw; a model that says it otherwise needs other words here: ("No changes", "This is
+# fine"). With longer questions of your own, count `between` in read_prompts() anew.
 
 NOTHING = tuple(CRITIQUES[None])
 
@@ -340,7 +341,8 @@ def show_loss(policy, reference, verdict, tokenizer, config):
 
 def judged_better(teacher, policy, tokenizer, drafts, principles, config, generator):
     """Of prompts that are not of our world no truth is known. How probable does the teacher find it
-    that the new answer is better than the first one? 1/2: no difference."""
+    that the new answer is better than the first one? 1/2: no difference. These are the attacks that
+    it learned from: nothing is held out."""
     conversations = [draft.prompt.messages for draft in drafts]
     new = respond(policy, tokenizer, conversations, max_new=config.max_new,
                   temperature=config.temperature, generator=generator)
@@ -429,6 +431,8 @@ def train(config):
         sl_log(step, loss=total)
     merge_lora(policy)
     reference = copy.deepcopy(policy).requires_grad_(False)     # the SL-CAI model is pi_ref
+    if config.save:
+        save(Path(config.out, "sl"), reference, tokenizer)
 
     # ---- RLAIF: two answers of the policy, half of them to attacks; the teacher compares them.
     # Where a kind has fewer prompts than half, they are asked again.
@@ -471,7 +475,6 @@ def train(config):
     merge_lora(policy)
     if config.save:
         save(config.out, policy, tokenizer)
-        save(Path(config.out, "sl"), reference, tokenizer)
 
     # AFTER
     show_loss(policy, reference, verdicts[0], tokenizer, config)

@@ -27,6 +27,7 @@ answers (python -m lessons.online).
 Try next: --beta 0.05 and --beta 5, and compare kl on the card; --flip, and gold falls.
 """
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
@@ -50,7 +51,7 @@ class Config(Settings):
     loss: str = "dpo"         # one of the table LOSSES: dpo, ipo, simpo, ...
     beta: float = None        # the larger, the closer it stays to the reference (see LOSSES)
     noise: float = 0.1        # cdpo, robust: the share e of labels thought to be wrong
-    gamma: float = 0.5        # simpo: the lead that the winner should have
+    gamma: float = 0.5        # simpo: what beta times the lead should be at least
     odds: float = 60.0        # orpo: weight lambda of the odds ratio (large, for this toy)
     flip: bool = False        # learn to prefer the rejected answers
     drop: bool = False        # leave out pairs that are longer than the model's context
@@ -138,7 +139,7 @@ def simpo(chosen, rejected, beta, gamma):
 # L = - chosen - lambda log sigma(log odds(chosen) - log odds(rejected)),   odds(p) = p / (1 - p)
 # Hong et al. 2024 (2403.07691), eqs. 4, 6, 7, with p = exp(mean log-prob); no reference
 def orpo(chosen, rejected, odds):
-    """SFT on the winner, and its odds against the loser's."""
+    """SFT on the winner, and its odds against the loser's. `odds` is lambda, their weight."""
     log_ratio = log_odds(chosen) - log_odds(rejected)
     return -chosen - odds * F.logsigmoid(log_ratio)
 
@@ -275,7 +276,8 @@ def evaluate(policy, reference, pairs, tokenizer, config, against=None):
     """-> report card, answers. On held-out pairs: how often is the winner's log-ratio ahead? On our
     toy data also the exam. against: the answers before training, to count who wins."""
     chosen, rejected = [], []
-    for part in parts(pairs, n=4):
+    size = math.ceil(config.batch / config.accumulate)          # as many at once as in training
+    for part in parts(pairs, math.ceil(len(pairs) / size)):
         won, lost = log_ratios(policy, reference, part, tokenizer)  # (B,) each
         chosen.append(won)
         rejected.append(lost)
@@ -364,7 +366,8 @@ def train(config):
         clip_gradients(policy)
         optimizer.step()
         optimizer.zero_grad()
-        # 5 log, in nats. DPO's first loss is ln 2 = 0.6931; chosen often falls, rejected further
+        # 5 log, in nats. DPO's first loss is ln 2 = 0.6931; chosen often falls, rejected further.
+        # (For simpo and orpo these are of mean log-probs; the card's accuracy is of log-ratios.)
         losses, chosen, rejected = torch.cat(seen, dim=1)       # (B,) each, the whole batch
         accuracy = share_ahead(chosen, rejected)
         lead = (chosen - rejected).mean()

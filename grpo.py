@@ -25,8 +25,9 @@ is 0.
     python grpo.py --data mine.jsonl --init SmolLM2-135M --lr 1e-6 --max-new 200 --out out/mine
 
 A line of mine.jsonl is {"prompt": "What is 2 + 3?", "answer": 5}. `strict` pays for one sentence
-that concludes: "The answer is 5.", "So it is 5." or "That makes 5."; for other data give
-train(config, reward) a function of your own (see SEAM).
+that concludes, "The answer is 5.", "So it is 5." or "That makes 5.", in an answer without any other
+digit but in steps like "Then 50 + 30 = 80." (+ and x alone). For other data give train(config,
+reward) a function of your own (see SEAM); the column `right` is `strict`'s all the same.
 
 Not here, and why:
     the critic            the mean of a group does its work, which is GRPO's own idea
@@ -233,7 +234,8 @@ def strict(truth, text, ended):
 def naive(truth, text, ended):
     """Pays if the right number stands anywhere. With room for 72 tokens honest work still pays
     best; 16 hold most sums' steps but no conclusion, so the reward rises, and little is right."""
-    return float(truth in re.findall(NUMBER, text))
+    found = [number.replace(",", "") for number in re.findall(NUMBER, text)]
+    return float(truth in found)
 
 
 VERIFIERS = {"strict": strict, "naive": naive}
@@ -249,11 +251,11 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(config, tokenizer, context, want_numbers=True):
-    """Prompts with an answer to check; where lines have a kind, those of kind math. Duplicates are
-    dropped. -> to learn from, held out"""
+    """Prompts with an answer to check; where lines have a kind, those of kind math. Of equal
+    prompts the last one counts. -> to learn from, held out"""
     prompts = {}
     for line in rows.read_prompts(config.data):
-        if line.row.get("kind", "math") != "math":
+        if line.row.get("kind") not in (None, "math"):
             continue
         if line.row.get("answer") in (None, ""):
             raise UserError(f'{line.where}: "answer" is missing: what would be right?')
@@ -262,10 +264,14 @@ def read_prompts(config, tokenizer, context, want_numbers=True):
             raise UserError(f"{line.where}: a prompt of {len(ids)} tokens; with --max-new "
                             f"{config.max_new} it does not fit the model's {context}")
         text = line.messages[-1]["content"]
-        truth = str(line.row["answer"]).replace(",", "")
-        if want_numbers and re.fullmatch(NUMBER, truth) is None:
-            raise UserError(f'{line.where}: "answer" is {rows.show(truth)}; want a number')
+        truth = str(line.row["answer"])
+        if want_numbers:
+            truth = truth.replace(",", "")                      # 1,000 is 1000
+            if re.fullmatch(NUMBER, truth) is None:
+                raise UserError(f'{line.where}: "answer" is {rows.show(truth)}; want a number')
         prompts[str(line.messages)] = Prompt(ids, text, truth, line.row)
+    if not prompts:
+        raise UserError(f'{config.data}: no line is of kind math; "kind" may be left out')
     return hold_out(list(prompts.values()), most=48)
 
 

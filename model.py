@@ -60,7 +60,7 @@ class ModelConfig:
 
 def rotary_speeds(config):
     """How far channel pair i turns from one position to the next: theta^(-2i/D). -> (D/2,)"""
-    i = torch.arange(config.head_dim // 2, device="cpu")
+    i = torch.arange(config.head_dim // 2)
     speed = config.rope_theta ** (-2 * i / config.head_dim)
     scaling = config.rope_scaling
     if scaling:                     # Llama 3: only the slow pairs become slower still
@@ -262,7 +262,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.speeds = rotary_speeds(config)
+        self.speeds = rotary_speeds(config)                     # (D/2,), no weights: not saved
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList()
         for layer in range(config.n_layers):

@@ -10,7 +10,8 @@ brought and not with all that happened. For an answer y_1 .. y_n to a prompt x:
     A_t     = sum_k (gamma lambda)^k delta_t+k,  then whitened: mean 0 and deviation 1 in a batch
     rho_t   = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
     L       = - mean_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t)
-    L_V     = mean_t 1/2 (V_t - R_t)^2,  R_t = A_t + V_t before whitening: what V should have said
+    L_V     = mean_t 1/2 (V_t - R_t)^2,  R_t = A_t + V_t before whitening: what V should have said;
+              V's move is clipped as well, see value_loss
 
 Where it all stands: tensors are (B, T), and what is about y_t is in y_t's column. In this row of a
 batch the prompt has two tokens and the answer three; other prompts and answers are longer.
@@ -32,7 +33,8 @@ A_2 = 0.47.
                                          PASS gold 0.56 -> 0.88 (target 0.68)
     python ppo.py --algorithm rloo       or reinforce: the same loop with less in it, see ALGORITHMS
     python ppo.py --beta 0 --steps 80    no leash: the score rises on and on; gold peaks, then falls
-    python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --critic-lr 1e-5
+    python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --critic-lr 1e-5 \
+                  --out out/mine
 
 A line of mine.jsonl is {"prompt": "..."}, and JUDGE a folder that reward_model.py wrote. `score` is
 what the reward model says. `gold` is the truth, which our toy world knows: it is watched, and never
@@ -75,7 +77,7 @@ class Config(Settings):
     target_kl: float = None   # adapt beta, to keep the KL near so many nats an answer
     gamma: float = 1.0        # discount of a reward one token later
     lam: float = 0.95         # GAE's lambda: 0 trusts the critic alone
-    eps: float = 0.2          # how far a ratio may move before it stops paying
+    eps: float = 0.2          # how far a ratio, or V, may move before it stops paying
     penalty: float = 1.0      # how far below the worst an endless answer scores
     temperature: float = 1.0  # of the sampling, and so of the log-probs
     max_new: int = 72         # longest answer in tokens
@@ -253,7 +255,8 @@ def read_prompts(config, tokenizer, context):
 
 def score_by(reward_model, tokenizer):
     """SEAM: score(prompts, texts) -> numbers. A prompt is a list of messages, a text its answer.
-    Yours goes to train(config, score=yours). This one reads a reward model at the end token."""
+    Yours goes to train(config, score=yours); best with a deviation near 1, as eps, beta and penalty
+    are in its units. This one reads a reward model at the end token."""
     @torch.no_grad()
     def score(prompts, texts):
         examples = []
@@ -399,11 +402,14 @@ def train(config, score=None):
         scores = torch.as_tensor(scores, dtype=torch.float32, device=ids.device)  # (B,)
         # a text that was cut off is read as if it ended there, so its score means nothing
         scores = scores.where(samples.ended, scores.min() - config.penalty)
+        ref_logps = torch.zeros_like(old_logps)
+        values = torch.zeros_like(old_logps)
         with torch.no_grad():
-            ref_logps = token_logps(reference, ids, mask, answer, config.temperature)
-            values = torch.zeros_like(old_logps)
-            if algorithm.critic:
-                values = state_values(critic, ids, mask, answer)
+            for at in parts(torch.arange(len(ids)), config.accumulate):
+                drawn = answer[at]                              # (b, T), b answers of the B
+                ref_logps[at] = token_logps(reference, ids[at], mask[at], drawn, config.temperature)
+                if algorithm.critic:
+                    values[at] = state_values(critic, ids[at], mask[at], drawn)
         rewards = token_rewards(scores, old_logps, ref_logps, answer, beta)
         advantages, returns = advantages_of(rewards, values, answer, config)
 
@@ -437,7 +443,8 @@ def train(config, score=None):
                     critic_optimizer.zero_grad()
                 updates += 1
 
-        # 5 log: KL and k3 are in nats an answer, entropy (of what was drawn) in nats a token
+        # 5 log: KL and k3 are in nats an answer, entropy (of what was drawn) in nats a token; ratio
+        # is the mean of rho, which leaves 1 only if pi ran away
         k1, k2, k3 = kl_estimates(old_logps, ref_logps)         # (B, T) each
         kl = average(k1.sum(1).mean()).item()
         rho = torch.cat(ratios)                                 # of every token in every update

@@ -19,7 +19,8 @@ By hand: r(A) = 1.2, r(B) = 0.8, and B is chosen. sigma(0.8 - 1.2) = 0.401, the 
     python reward_model.py --data mine.jsonl --init SmolLM2-135M --lr 2e-5 --out out/mine
 
 A line of mine.jsonl is {"prompt": "...", "chosen": "...", "rejected": "..."}; for --kind ranked
-{"prompt": "...", "responses": ["the best", "...", "the worst"]}, and multi wants "marks" beside.
+{"prompt": "...", "responses": ["the best", "...", "the worst"]}. multi wants "marks" beside, for
+each answer {"helpful": 0.9, "harmless": 1, "honest": 1}.
 
 Of two answers this judge prefers the better one 80 times in 100; who knew just how the annotators
 vote would do so 90 times. A compliment before an answer raises its score by about 0.6, which moves
@@ -55,7 +56,7 @@ class Config(Settings):
     lr: float = None          # peak learning rate (default: see KINDS)
     center: float = 0.0       # pairs: weight of the penalty (r_chosen + r_rejected)^2
     held: int = 6             # hold out one prompt in this many
-    drop: bool = False        # leave out answers longer than the context (otherwise an error)
+    drop: bool = False        # leave out rows longer than the context (otherwise an error)
 
     limits = Settings.limits | {"held": (2, 10**9)}
 
@@ -160,8 +161,8 @@ def hold_out_prompts(comparisons, every):
         else:
             train.append(comparison)
     if not train or not held:
-        raise UserError(f"--data: {len(comparisons)} rows are too few to hold out one prompt in "
-                        f"{every}")
+        raise UserError(f"--data: {len(comparisons)} rows have too few prompts to hold out one in "
+                        f"{every} (--held)")
     return train, held
 
 
@@ -273,7 +274,7 @@ def report(r, held):
 
     accuracy     how often it prefers the answer that annotators preferred
     calibration  how far its sureness is from how often it is right
-    ceiling      accuracy of a judge that knows how annotators vote; the rest is their noise
+    ceiling      accuracy of a judge that knows how our annotators vote; the rest is their noise
     gold_order   how often it prefers the answer that is better in truth
     """
     r_chosen, r_rejected = duels(r)
@@ -395,24 +396,26 @@ def train(config):
         seen = []
         for part in parts(batch, config.accumulate):
             # 2 score: a number for every answer, read at its end
-            r = scores(model, part, tokenizer)                  # (B, K), the best answer first
-            # 3 loss: how surprising are the votes, if these are the scores?
-            loss = kind.loss(r, part, config.center)            # (B,)
+            # (b, K), b of the B comparisons, the best answer first; (b, K, 3) if multi
+            r = scores(model, part, tokenizer)
+            # 3 loss: how surprising are the votes (or marks), if these are the scores?
+            loss = kind.loss(r, part, config.center)            # (b,)
             (loss.sum() / len(batch)).backward()
-            r = overall(r)                                      # (B, K)
-            seen.append(torch.stack([loss, r[:, 0], r[:, -1]]).detach())  # (3, B)
+            r = overall(r)                                      # (b, K)
+            seen.append(torch.stack([loss, r[:, 0], r[:, -1]]).detach())  # (3, b)
         # 4 step
         clip_gradients(model)
         optimizer.step()
         optimizer.zero_grad()
         # 5 log: scores of 0 give ln 2 = 0.69 (four answers: ln 24 = 3.18). The head starts at
         # random, so the first loss is near that; votes are noisy, so the last one is not near 0.
+        # Of four answers, chosen is the best one and rejected the worst.
         loss, r_chosen, r_rejected = torch.cat(seen, dim=1)     # (B,) each
         log(step, loss=loss.mean(), accuracy=(r_chosen > r_rejected).float().mean(),
             lead=(r_chosen - r_rejected).mean(), chosen=r_chosen.mean(),
             rejected=r_rejected.mean())
     merge_lora(model)
-    if kind.heads == 1 and config.center == 0:
+    if kind.heads == 1 and (config.center == 0 or config.kind == "ranked"):
         # only differences were learned: move all scores; a winner then scores 0 on average
         winners = all_scores(model, held[:200], tokenizer)[:, 0]
         model.mean += winners.mean()

@@ -10,7 +10,7 @@ voice. It cannot teach that one answer is better than another; dpo.py can.
 
 Here y_i is a whole row, prompt and answer, and t a position in it. By hand: two tokens of an answer
 and its <|im_end|> get 0.5, 0.25 and 0.8. Their product is 0.1, so L = - ln(0.1) / 3 = 0.768. How
-likely the question is does not count: its m is 0.
+likely the question is does not count: its m is 0. (Of several turns all of the assistant's count.)
 
     python sft.py                            data/base -> out/sft, 10 s: gold 0.28 -> 0.56
     python sft.py --lora 8 --steps 110 --out out/lora      by adapters of rank 8, on frozen weights
@@ -155,7 +155,8 @@ def show_example(model, example, tokenizer, config, before):
     start = max(example.answer.index(1) - before, 0)
     shown = columns[start:start + 28]                           # four blocks of seven
     show_columns(["token", "target", "m", "pi"], shown, config)
-    config.say(f"L = {sft_loss(logps, len(logps)):.3f}, the mean of - log pi where m is 1")
+    config.say(f"L = {sft_loss(logps, len(logps)):.3f}, the mean of - log pi over all "
+               f"{len(logps)} targets with m = 1")
 
 
 def show_columns(names, columns, config):

@@ -999,7 +999,7 @@ THREE = {"prompt": "y", "responses": ["a", "b", "c"]}
     ("nothing", [PAIR], "choose one of pairs"), ("pairs", [], "no rows"),
     ("pairs", [PAIR, "", {"prompt": "x", "chosen": "a"}], ":3: .*rejected"),
     ("pairs", [TOO_LONG], ":1: longer than the model's 256 tokens"),
-    ("pairs", [PAIR], "too few to hold out"), ("ranked", [PAIR, THREE], ":2: want 2 answers"),
+    ("pairs", [PAIR], "too few prompts to hold out"), ("ranked", [PAIR, THREE], ":2: want 2 answers"),
     ("multi", [BAD_MARKS], ":1: .*marks"), ("multi", NO_MARKS, ':[0-9]+: "marks" is missing')])
 def test_bad_comparisons_are_named_in_one_line(kind, lines, want, home, tmp_path):
     data = write_lines(tmp_path / "bad.jsonl", lines)
@@ -1171,11 +1171,12 @@ def test_every_setting_of_the_reward_model_changes_something(change, home):
 
 # runs
 
-@pytest.mark.parametrize("kind", R.KINDS)
-def test_a_run_of_every_kind_learns_and_an_average_winner_scores_0(kind, home, tmp_path):
+@pytest.mark.parametrize("kind, center", [("pairs", 0.0), ("ranked", 0.0), ("ranked", 0.1),
+                                          ("multi", 0.0)])
+def test_a_run_of_every_kind_learns_and_an_average_winner_scores_0(kind, center, home, tmp_path):
     lines = studybuddy.read(Path(R.KINDS[kind].data).stem)[:40]
     data = write_lines(tmp_path / "world.jsonl", lines)
-    run = train("reward_model", home, kind=kind, data=data, batch=32, save=True)
+    run = train("reward_model", home, kind=kind, center=center, data=data, batch=32, save=True)
     judge, _ = C.load_scalar(home / "reward_model")
     assert run["log"][-1]["loss"] < run["log"][0]["loss"]
     assert len(judge.mean) == R.KINDS[kind].heads
@@ -1827,6 +1828,10 @@ def test_naive_wants_the_number_anywhere_and_whole(text, paid):
     assert grpo.naive("24", text, True) == paid
 
 
+def test_naive_reads_thousands():
+    assert grpo.naive("1024", "There are 1,024 of them.", True) == 1
+
+
 # data
 
 def read_asks(path, lines):
@@ -1846,6 +1851,18 @@ def test_of_the_worlds_prompts_sums_are_learned_from(tmp_path):
              {"prompt": "c", "answer": "1,024"}]
     prompts, held = read_asks(tmp_path, lines)
     assert {prompt.truth for prompt in prompts + held} == {"7", "1024"}
+
+
+def test_a_truth_of_your_own_is_left_as_it_is(tmp_path):
+    lines = [{"prompt": "a", "answer": "Paris, France", "kind": None}, {"prompt": "b", "answer": "x"}]
+    config = grpo.Config(data=write_lines(tmp_path / "asks.jsonl", lines))
+    prompts, held = grpo.read_prompts(config, TOKENIZER, 256, want_numbers=False)
+    assert {prompt.truth for prompt in prompts + held} == {"Paris, France", "x"}
+
+
+def test_lines_of_other_kinds_alone_are_told(tmp_path):
+    with pytest.raises(M.UserError, match="no line is of kind math"):
+        read_asks(tmp_path, [{"prompt": "a", "answer": 7, "kind": "algebra"}])
 
 
 def test_groups_and_their_rewards_stand_under_their_own_prompts(home):
@@ -2778,6 +2795,15 @@ def test_ctrl_c_saves_what_there_is(name, home, monkeypatch):
     assert alike(loaded, run["model"])
     assert {"metrics.csv", "run.svg", "config.json"} <= set(os.listdir(changes["out"]))
     assert json.loads(Path(changes["out"], "results.json").read_text())["after"]
+
+
+def test_cai_saves_its_first_half_before_the_second(home, tmp_path, monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(cai, "compare", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train("cai", home, save=True, out=str(tmp_path))
+    C.load(tmp_path / "sl")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -366,7 +366,7 @@ def table(rows):
 # The curves of a run, the most telling ones first; names in one line share a panel.
 CURVES = {"reward": "", "score": "by the reward model", "gold": "the truth", "kl": "nats an answer",
           "right greedy worked": "share of the sums", "loss": "",
-          "chosen rejected": "nats an answer", "accuracy": "", "length": "tokens"}
+          "chosen rejected": "", "accuracy": "", "length": "tokens"}
 
 
 def run_picture(rows, before, after):

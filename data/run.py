@@ -71,7 +71,7 @@ class Settings:
     lora: int = 0                # train adapters of this rank (0: train the weights)
     seed: int = 0                # same seed, same machine: same numbers
     device: str = "cpu"          # cpu, cuda or mps
-    bf16: bool = False           # products in bfloat16, as on any GPU; some processors have it
+    bf16: bool = False           # products in bfloat16 on a processor too, as ever on cuda
     save: bool = True            # write the checkpoint and the results
     quiet: bool = False          # print nothing
 
@@ -219,7 +219,7 @@ def need(folder):
 def batches(rows, lengths, size, generator):
     """Endless batches of `size` rows. Rows of similar length go together, so that little is
     padding, and noise mixes them a little; without lengths all are mixed. What fills no batch is
-    left out of this round."""
+    left out of this round. Fewer rows than `size` are one batch."""
     size = min(size * PROCESSES, len(rows) // PROCESSES * PROCESSES)  # of all processes together
     if size == 0:
         raise UserError(f"{len(rows)} rows are too few for {PROCESSES} processes")
@@ -299,7 +299,8 @@ def adamw(model, lr):
 
 
 def schedule(step, steps, warmup=10):
-    """The learning rate's factor: up in a few steps, then down to 0 in a straight line."""
+    """The learning rate's factor: the smaller of two lines, up by a tenth a step and down from 1 to
+    0. So few steps never see all of --lr: 24 get 0.71 of it at most, 180 get 0.95."""
     return min((step + 1) / warmup, 1 - step / steps)
 
 
@@ -347,8 +348,8 @@ def clip_gradients(model):
 
 
 class Log:
-    """Keeps every step's numbers in rows, and prints at most 20 lines of the first 7. A loss that
-    is not finite stops the run."""
+    """Keeps every step's numbers in rows, and prints 20 of them at most, the first 7 numbers of
+    each. A loss that is not finite stops the run."""
 
     def __init__(self, config):
         self.config = config

@@ -13,7 +13,7 @@ v; but text is all that it needs, so that any model can teach any other.
 
 By hand: the teacher says (0.8, 0.2), the student (0.5, 0.5). KL = 0.8 ln 1.6 + 0.2 ln 0.4 = 0.193.
 
-    python -m lessons.distill                      2 minutes; out/dpo teaches data/base, both ways
+    python -m lessons.distill                      90 seconds; out/dpo teaches data/base, both ways
     python -m lessons.distill --prompts 64         few answers: what is a distribution worth?
     python sft.py --data out/distill/teacher.jsonl --out out/mine      learn its answers again
 

@@ -13,7 +13,7 @@ a share s of a file with n new conversations that takes m answers:
 
 By hand: n = 600 and s = 0.25 take m = 600 x 0.25 / 0.75 = 200 answers.
 
-    python -m lessons.forgetting    two minutes: 60 steps on out/dpo, with none of its own answers
+    python -m lessons.forgetting    a minute: 60 steps on out/dpo, with none of its own answers
                                     among the data, with a tenth, and with three tenths
     python sft.py --init out/dpo --data out/forgetting/mixed_0.jsonl --steps 60 --out out/mine
 

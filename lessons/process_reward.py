@@ -17,7 +17,7 @@ solutions each judge picks (random: any one of them). A third judge learns nothi
 data/base, a language model, asked for each step in words whether it is right. It works the step out
 once more before it says so.
 
-    python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, two minutes
+    python -m lessons.process_reward         data/steps.jsonl -> out/process_reward, a minute
 
 A line of --data is a solution, right so far or not at each of its steps:
 

@@ -19,7 +19,7 @@ file came with: its learning rate, its group, and ppo's two passes in small batc
 batches are ppo.py's for all three of its methods; here reinforce and rloo take a batch as one
 update.)
 
-    python -m lessons.race                            two minutes: 30,000 tokens each
+    python -m lessons.race                            a minute: 30,000 tokens each
     python -m lessons.race --runs "rloo grpo" --tokens 100000
 
 Simplified: one learning rate schedule, over tokens; each method's own peak rate, group and epochs.
