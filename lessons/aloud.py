@@ -21,7 +21,7 @@ Does the result depend on the chain, or is the chain decoration? A control write
 
 Whoever has the sum in mind, and writes steps for show, still ends in 28.
 
-    python -m lessons.aloud                      data/base, out/sft and out/grpo, half a minute
+    python -m lessons.aloud                      data/base, out/sft and out/grpo, some seconds
     python -m lessons.aloud --models out/dpo     one model alone
 
 What to look at: two numbers. There is nothing to take apart there, so a gap has other causes. The

@@ -18,7 +18,7 @@ often the true one agrees more (ties count half). 0.5 is a coin. By hand: true c
                 draft; what comes out otherwise is dropped (chain of verification: Dhuliawala et
                 al. 2023, 2309.11495)
 
-    python -m lessons.verify                       out/sft, facts and sums, half a minute
+    python -m lessons.verify                       out/sft, facts and sums, some seconds
     python -m lessons.verify --init out/grpo       does a model that shows its work know better?
 
 Dropping is cheap: who says nothing claims nothing false. So the table also counts the true claims
