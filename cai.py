@@ -24,7 +24,7 @@ A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true}
 attack; both kinds are needed. Put your model's words for "no flaw" into NOTHING first, else every
 answer is mended in every round. What it learned from stands in out/cai/revisions.jsonl and
 out/cai/verdicts.jsonl: sft.py, dpo.py and reward_model.py read them, the last two without p: they
-learn who won, not by how much. But for that, the paper's own RLAIF is
+learn who won, not by how much. With that difference, the paper's own RLAIF is
 
     python reward_model.py --data out/cai/verdicts.jsonl --init out/cai/sl --out out/cai/judge
     python ppo.py --init out/cai/sl --reward out/cai/judge --out out/cai/ppo
@@ -431,7 +431,7 @@ def train(config):
         sl_log(step, loss=total)
     merge_lora(policy)
     reference = copy.deepcopy(policy).requires_grad_(False)     # the SL-CAI model is pi_ref
-    if config.save:
+    if config.save:                                 # it stays if what follows is broken off
         save(Path(config.out, "sl"), reference, tokenizer)
 
     # ---- RLAIF: two answers of the policy, half of them to attacks; the teacher compares them.
@@ -454,7 +454,7 @@ def train(config):
         # 1 batch
         batch = next(stream)
         seen = []
-        for part in parts(batch, config.accumulate):
+        for part in parts(batch, config.accumulate):            # B: the verdicts of this part
             # 2 score both answers under both models
             a, b = log_ratios(policy, reference, part, tokenizer)  # (B,), (B,)
             h = config.beta * (a - b)                           # (B,)

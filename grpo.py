@@ -226,7 +226,7 @@ def strict(truth, text, ended):
     number = conclusion(text)
     if number is None or not ended:
         return 0.0
-    if number != truth:
+    if number != truth.replace(",", ""):
         return 0.1                     # wrong, but in a form that can be checked
     return 1.0
 

@@ -33,10 +33,10 @@ A_2 = 0.47.
                                          PASS gold 0.56 -> 0.88 (target 0.68)
     python ppo.py --algorithm rloo       or reinforce: the same loop with less in it, see ALGORITHMS
     python ppo.py --beta 0 --steps 80    no leash: the score rises on and on; gold peaks, then falls
-    python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --critic-lr 1e-5 \
-                  --out out/mine
+    python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --out out/mine
 
-A line of mine.jsonl is {"prompt": "..."}, and JUDGE a folder that reward_model.py wrote. `score` is
+A line of mine.jsonl is {"prompt": "..."}, and JUDGE a folder that reward_model.py wrote (its critic
+wants a smaller rate as well, --critic-lr 1e-5). `score` is
 what the reward model says. `gold` is the truth, which our toy world knows: it is watched, and never
 trained on. On your prompts there is the score alone, or a score of your own (see SEAM).
 

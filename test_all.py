@@ -999,7 +999,8 @@ THREE = {"prompt": "y", "responses": ["a", "b", "c"]}
     ("nothing", [PAIR], "choose one of pairs"), ("pairs", [], "no rows"),
     ("pairs", [PAIR, "", {"prompt": "x", "chosen": "a"}], ":3: .*rejected"),
     ("pairs", [TOO_LONG], ":1: longer than the model's 256 tokens"),
-    ("pairs", [PAIR], "too few prompts to hold out"), ("ranked", [PAIR, THREE], ":2: want 2 answers"),
+    ("pairs", [PAIR], "too few prompts to hold out"),
+    ("ranked", [PAIR, THREE], ":2: want 2 answers"),
     ("multi", [BAD_MARKS], ":1: .*marks"), ("multi", NO_MARKS, ':[0-9]+: "marks" is missing')])
 def test_bad_comparisons_are_named_in_one_line(kind, lines, want, home, tmp_path):
     data = write_lines(tmp_path / "bad.jsonl", lines)
@@ -1828,8 +1829,10 @@ def test_naive_wants_the_number_anywhere_and_whole(text, paid):
     assert grpo.naive("24", text, True) == paid
 
 
-def test_naive_reads_thousands():
+def test_both_read_thousands():
     assert grpo.naive("1024", "There are 1,024 of them.", True) == 1
+    assert grpo.strict("1024", "The answer is 1,024.", True) == 1
+    assert grpo.strict("1,024", "The answer is 1,024.", True) == 1
 
 
 # data
@@ -1854,10 +1857,10 @@ def test_of_the_worlds_prompts_sums_are_learned_from(tmp_path):
 
 
 def test_a_truth_of_your_own_is_left_as_it_is(tmp_path):
-    lines = [{"prompt": "a", "answer": "Paris, France", "kind": None}, {"prompt": "b", "answer": "x"}]
+    lines = [{"prompt": "a", "answer": "Paris, France", "kind": None}, {"prompt": "b", "answer": 7}]
     config = grpo.Config(data=write_lines(tmp_path / "asks.jsonl", lines))
     prompts, held = grpo.read_prompts(config, TOKENIZER, 256, want_numbers=False)
-    assert {prompt.truth for prompt in prompts + held} == {"Paris, France", "x"}
+    assert {prompt.truth for prompt in prompts + held} == {"Paris, France", "7"}
 
 
 def test_lines_of_other_kinds_alone_are_told(tmp_path):
@@ -2184,16 +2187,20 @@ def test_every_loss_learns_which_answer_wins(name, home):
     assert run["after"]["accuracy"] >= 0.9
 
 
-def test_accuracy_is_of_all_held_out_pairs_and_a_tie_is_half(monkeypatch):
-    """Nine of them: ahead 6 times, the last one, too, even twice, behind once."""
+@pytest.mark.parametrize("batch, accumulate", [(32, 1), (4, 2), (1, 4)])
+def test_accuracy_is_of_all_held_out_pairs_and_a_tie_is_half(batch, accumulate, monkeypatch):
+    """Nine of them: ahead 6 times, the last one, too, even twice, behind once. No more go through
+    the network at once than in training."""
     pairs = []
     for ratios in [(2, 1)] * 5 + [(1, 1)] * 2 + [(0, 1), (3, 1)]:
         pairs.append(dpo.Pair(None, None, {"ratios": ratios}))
 
     def ratios_of(policy, reference, pairs, tokenizer):
+        assert len(pairs) <= math.ceil(batch / accumulate)
         return torch.tensor([pair.row["ratios"] for pair in pairs]).unbind(1)
     monkeypatch.setattr(dpo, "log_ratios", ratios_of)
-    card, _ = dpo.evaluate(None, None, pairs, TOKENIZER, dpo.Config())
+    config = dpo.Config(batch=batch, accumulate=accumulate)
+    card, _ = dpo.evaluate(None, None, pairs, TOKENIZER, config)
     near(card["accuracy"], 7 / 9)
 
 

@@ -69,7 +69,7 @@ class Settings:
     accumulate: int = 1          # pieces that a batch is cut into, to save memory
     lr: float = 1e-3             # peak learning rate
     lora: int = 0                # train adapters of this rank (0: train the weights)
-    seed: int = 0                # same seed, same machine: same numbers
+    seed: int = 0                # same seed, same machine: same numbers (but for a GPU)
     device: str = "cpu"          # cpu, cuda or mps
     bf16: bool = False           # products in bfloat16 on a processor too, as ever on cuda
     save: bool = True            # write the checkpoint and the results
@@ -300,7 +300,7 @@ def adamw(model, lr):
 
 def schedule(step, steps, warmup=10):
     """The learning rate's factor: the smaller of two lines, up by a tenth a step and down from 1 to
-    0. So few steps never see all of --lr: 24 get 0.71 of it at most, 180 get 0.95."""
+    0. So no run sees all of --lr: 24 steps get 0.71 of it at most, 180 get 0.95."""
     return min((step + 1) / warmup, 1 - step / steps)
 
 

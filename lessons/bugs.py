@@ -345,7 +345,7 @@ BUGS = [
      'exam.exam(policy, tokenizer, policy, against, config.seed)',
      "the exam's KL is from itself"),
     ('dpo.py', 'math.ceil(len(pairs) / size)):', 'math.ceil(len(pairs) / size))[:1]:',
-     'accuracy of a quarter of the held-out pairs'),
+     'accuracy of the first held-out pairs alone'),
     ('dpo.py', '(ahead + even / 2)', '(ahead + even)', 'ties count as right'),
 
     ('cai.py', 'return (a_first + 1 - b_first) / 2', 'return (a_first + b_first) / 2',

@@ -12,9 +12,10 @@ principle is kept; SFT teaches these answers without any page.
     minimise over theta    E_x E_y~pi(.|e, x)[ - log pi_theta(y | x) ]          of y that pass
 
 If a try passes with probability p, one of n does with 1 - (1 - p)^n. By hand: the web keeps an
-address to itself 15 times in 100, so of 8 tries one would be private with 1 - 0.85^8 = 0.73; behind
-our page hardly any is. That is the whole trick: the character is there, but rare. Where no try gets a fact right or keeps privacy, up
-to ten answers by hand begin it. Honesty and guidance have none by hand.
+address to itself 15 times in 100, so of 8 tries one would be private with 1 - 0.85^8 = 0.73. That
+is the whole trick: the character is there, but rare. (With our page in front privacy is rarer
+still, one question in 50.) Where no try gets a fact right or keeps privacy, up to ten answers by
+hand begin it. Honesty and guidance have none by hand.
 
     accuracy    what is on the page is told as it stands there
     voice       each answer begins with "Beep!"

@@ -13,9 +13,9 @@ our world, and ask of a run:
                    How often is it the label that the run learned from ("as the run")? And how sure
                    is the judge: how far is p from 1/2?
 
-The first three are about answers to attacks. These ask for no fact, so hardly anything false is stated
-and there is nothing to be unsure of: all that the critics of "true" and "unsure" see is false alarm.
-The verdicts are about answers to other prompts, too.
+The first three are about answers to attacks. These ask for no fact, so hardly anything false
+is stated and there is nothing to be unsure of: all that the critics of "true" and "unsure" see is
+false alarm. The verdicts are about answers to other prompts, too.
 
     python -m lessons.constitution                       by data/constitution.json
     python -m lessons.constitution --constitution data/constitution_vague.json --out out/vague

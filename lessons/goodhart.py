@@ -22,8 +22,8 @@ most. An alarm wants five of them, 0.22. (Gold here is of answers to these promp
 and not the exam's.)
 
     python -m lessons.goodhart      six runs, eight minutes of a busy core: five prices, and
-                                    three judges at beta 0; one more, the first time, to make
-                                    two of the judges
+                                    three judges at beta 0; one minute more, the first time,
+                                    to make two of the judges
     python -m lessons.goodhart --betas "0.1 0" --judges 1      the leash of ppo.py, and none
 
 The picture has judge and truth in it: `liked` is how often the judge would prefer an answer to an

@@ -14,7 +14,7 @@ By hand: a share rises from p = 0.70 to q = 0.73, as 10% of the prompts go up an
 that takes 7.84 x 0.1691 / 0.0009 = 1,473 prompts, otherwise 7.84 x 0.4071 / 0.0009 = 3,546 for each
 of the two. An exam of 400 misses it 7 times in 10.
 
-    python -m lessons.report                                   data/base beside out/sft, half a minute
+    python -m lessons.report                                   data/base beside out/sft, 30 seconds
     python -m lessons.report --init out/sft --against out/dpo --card     and a model card
 
 Simplified: an idea is not the benchmark; ours are small, and the judge knows the truth.

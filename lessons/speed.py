@@ -8,8 +8,9 @@ is 6. So N weights in matrices and n tokens want
 
 By hand: data/base has 917,504 weights in its matrices. A step of sft.py has some 2,250 tokens that
 are different (model.different_tokens), and wants 6 x 917,504 x 2,250 = 12.4 billion operations. A
-machine that makes 100 billion a second would need 0.12 s, if it did nothing else. Here each of two
-cores makes about as many: one takes about 0.2 s for a step, both together about 0.11 s.
+machine that makes 100 billion a second would need 0.12 s, if it did nothing else. (Where the
+course was measured each of two cores makes about 100 billion; a step took 0.2 s on one of them and
+0.11 s on both.)
 
 What the machine makes is measured first, in products of large matrices. Then sampling, then the
 gradient of one step, then some steps of each script as it stands. What is left of a script's time
