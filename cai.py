@@ -2,18 +2,18 @@
 
 RLHF needs thousands of human verdicts about harm. Here people write principles, and nothing else.
 First the model answers attacks, criticises its answers by a principle, mends them, and learns the
-mended ones (SL-CAI). Then it compares two of its answers by a principle, and learns from its own
-verdicts (RLAIF: RL from AI feedback). A judge tends to favour one of the letters A and B, so it is
-asked in both orders, and its label p for two answers a and b is a probability:
+mended ones (SL-CAI). Then the first model compares two answers of this one by a principle, and it
+learns from the verdicts (RLAIF: RL from AI feedback). A judge tends to favour one of the letters A
+and B, so it is asked in both orders, and its label p for two answers a and b is a probability:
 
     p = P(a is better) = 1/2 [ P("A" | a at A, b at B) + P("B" | b at A, a at B) ]
     L = - p log sigma(h) - (1 - p) log sigma(-h)
     h = beta [ log pi(a|x)/pi_ref(a|x)  -  log pi(b|x)/pi_ref(b|x) ]
 
 By hand: with a at A the judge says "A" with 0.9, with a at B it says "B" with 0.5, so p = 0.7.
-Every run starts at h = 0, where L = ln 2 = 0.693. L is least, 0.611, where sigma(h) = 0.7: a
-judge that is unsure wants a small h. (A hard label would pull as hard at 0.51 as at 0.99, and
-never end.)
+pi starts as pi_ref, the SL-CAI model: h = 0, and L = ln 2 = 0.693. L is least, 0.611, where
+sigma(h) = 0.7: a judge that is unsure wants a small h. (A hard label would pull as hard at 0.51 as
+at 0.99, and never end.)
 
     python cai.py                             out/sft -> out/cai, by data/constitution.json
     python cai.py --constitution mine.json    by yours, a list of {"id": ..., "principle": ...}
@@ -24,7 +24,7 @@ A line of mine.jsonl is {"prompt": "..."}, and {"prompt": "...", "attack": true}
 attack; both kinds are needed. Put your model's words for "no flaw" into NOTHING first, else every
 answer is mended in every round. What it learned from stands in out/cai/revisions.jsonl and
 out/cai/verdicts.jsonl: sft.py, dpo.py and reward_model.py read them, the last two without p: they
-learn who won, not by how much. With that difference, the paper's own RLAIF is
+learn who won, not by how much. Apart from that, the paper's own RLAIF is
 
     python reward_model.py --data out/cai/verdicts.jsonl --init out/cai/sl --out out/cai/judge
     python ppo.py --init out/cai/sl --reward out/cai/judge --out out/cai/ppo
@@ -389,8 +389,8 @@ def train(config):
         show_draft(draft, config)
 
     # Learn the drafts as they are now. Some are as they were: without a flaw, or without a revision
-    # that came to an end. And answers to at most as many other prompts, as they come, to stay
-    # helpful.
+    # that came to an end. To stay helpful, learn its own unmended answers to other prompts as well,
+    # at most as many.
     others = own_answers(teacher, tokenizer, plain[:len(drafts)], 1, config, generator)
     taught = [(draft.prompt, draft.text) for draft in drafts]
     taught += [(prompt, texts[0]) for prompt, texts in others]

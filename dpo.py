@@ -27,7 +27,6 @@ answers (python -m lessons.online).
 Try next: --beta 0.05 and --beta 5, and compare kl on the card; --flip, and gold falls.
 """
 import copy
-import math
 from dataclasses import dataclass, replace
 from typing import Callable, NamedTuple
 
@@ -36,8 +35,8 @@ import torch.nn.functional as F
 
 from data import exam, rows
 from data.checkpoints import load, save
-from data.run import (Log, Settings, adamw, add_lora, batches, begin, clip_gradients, hold_out,
-                      main, merge_lora, need, parts, steps)
+from data.run import (Log, Settings, adamw, add_lora, as_in_training, batches, begin,
+                      clip_gradients, hold_out, main, merge_lora, need, parts, steps)
 from model import Example, UserError, collate, render_answer, token_logps
 
 
@@ -276,8 +275,7 @@ def evaluate(policy, reference, pairs, tokenizer, config, against=None):
     """-> report card, answers. On held-out pairs: how often is the winner's log-ratio ahead? On our
     toy data also the exam. against: the answers before training, to count who wins."""
     chosen, rejected = [], []
-    size = math.ceil(config.batch / config.accumulate)          # as many at once as in training
-    for part in parts(pairs, math.ceil(len(pairs) / size)):
+    for part in as_in_training(pairs, config):
         won, lost = log_ratios(policy, reference, part, tokenizer)  # (B,) each
         chosen.append(won)
         rejected.append(lost)

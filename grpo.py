@@ -233,7 +233,7 @@ def strict(truth, text, ended):
 
 def naive(truth, text, ended):
     """Pays if the right number stands anywhere. With room for 72 tokens honest work still pays
-    best; 16 hold most sums' steps but no conclusion, so the reward rises, and little is right."""
+    best; 16 hold the steps of most sums of three numbers, but no conclusion: little is right."""
     found = [number.replace(",", "") for number in re.findall(NUMBER, text)]
     return float(truth in found)
 

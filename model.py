@@ -84,7 +84,7 @@ class Layout(NamedTuple):
     never. After rows have parted equal words are different tokens, for they have different pasts.
     (Here the words' ids are in the order of the alphabet.)
 
-        The sky is blue             number  0 1 2 3             place   0 1 2 3 7 9
+        The sky is blue             number  0 1 2 3             place of 0 to 5: 0 1 2 3 7 9
         The sky is wide                     0 1 2 4
         The sun                             0 5 . .
 
@@ -344,7 +344,7 @@ def different_tokens(ids, mask):
     number = number.where(new, 0).cummax(0).values
     places = torch.arange(B * T, device=ids.device).view(B, T)
     place = torch.empty_like(texts)                             # (R, T)
-    place[which] = places               # of rows that are equal any one's: they hold the same
+    place[which] = places               # of equal rows any one will do: they hold the same
     return Layout(number[which], place[new])
 
 

@@ -35,10 +35,10 @@ A_2 = 0.47.
     python ppo.py --beta 0 --steps 80    no leash: the score rises on and on; gold peaks, then falls
     python ppo.py --data mine.jsonl --init SmolLM2-135M --reward JUDGE --lr 1e-6 --out out/mine
 
-A line of mine.jsonl is {"prompt": "..."}, and JUDGE a folder that reward_model.py wrote (its critic
-wants a smaller rate as well, --critic-lr 1e-5). `score` is
-what the reward model says. `gold` is the truth, which our toy world knows: it is watched, and never
-trained on. On your prompts there is the score alone, or a score of your own (see SEAM).
+A line of mine.jsonl is {"prompt": "..."}, and JUDGE a folder that reward_model.py wrote. Give the
+critic of a real model a smaller rate, too: --critic-lr 1e-5. `score` is what the reward model says.
+`gold` is the truth, which our toy world knows: it is watched, and never trained on. On your prompts
+there is the score alone, or a score of your own (see SEAM).
 
 Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): no pretraining loss mixed in, and a
 critic of the policy's size. When to stop: python -m lessons.goodhart.

@@ -24,15 +24,14 @@ Simplified from InstructGPT (Ouyang et al. 2022, 2203.02155): one short run, and
 Answers of a model make data, too: its own best of N (lessons.best_of), a teacher's
 (lessons.distill). Try next: a mask of ones in to_examples(), then talk to it (python model.py
 out/sft); --steps 400, and compare held_out on the two cards. """
-import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from data import exam, rows
 from data.checkpoints import load, save
-from data.run import (Log, Settings, adamw, add_lora, average, batches, begin, clip_gradients,
-                      hold_out, main, merge_lora, parts, steps)
+from data.run import (Log, Settings, adamw, add_lora, as_in_training, average, batches, begin,
+                      clip_gradients, hold_out, main, merge_lora, parts, steps)
 from model import Example, UserError, collate, render
 
 
@@ -129,8 +128,7 @@ def evaluate(model, held, tokenizer, config, against=None):
     """-> report card, answers. Held-out conversations have a loss; where the data is the world's
     own, its exam says whether answers are good."""
     total = 0.0
-    size = math.ceil(config.batch / config.accumulate)          # as many at once as in training
-    for part in parts(held, math.ceil(len(held) / size)):
+    for part in as_in_training(held, config):
         logits, targets = logits_and_targets(model, part, tokenizer)
         total -= target_logps(logits, targets).sum().item()
     card = {"held_out": total / tokens_in(held)}

@@ -71,7 +71,7 @@ class Settings:
     lora: int = 0                # train adapters of this rank (0: train the weights)
     seed: int = 0                # same seed, same machine: same numbers (but for a GPU)
     device: str = "cpu"          # cpu, cuda or mps
-    bf16: bool = False           # products in bfloat16 on a processor too, as ever on cuda
+    bf16: bool = False           # products in bfloat16 on a CPU, as always on cuda
     save: bool = True            # write the checkpoint and the results
     quiet: bool = False          # print nothing
 
@@ -257,6 +257,12 @@ def parts(rows, n):
     summed loss by the number of all rows: then the gradients add up to those of the batch."""
     size = math.ceil(len(rows) / n)
     return [rows[i:i + size] for i in range(0, len(rows), size)]
+
+
+def as_in_training(rows, config):
+    """Rows in lists no longer than the parts of a batch: measuring wants no more memory."""
+    size = math.ceil(config.batch / config.accumulate)
+    return parts(rows, math.ceil(len(rows) / size))
 
 
 class AdamW:

@@ -344,7 +344,7 @@ BUGS = [
     ('dpo.py', 'exam.exam(policy, tokenizer, reference, against, config.seed)',
      'exam.exam(policy, tokenizer, policy, against, config.seed)',
      "the exam's KL is from itself"),
-    ('dpo.py', 'math.ceil(len(pairs) / size)):', 'math.ceil(len(pairs) / size))[:1]:',
+    ('dpo.py', 'as_in_training(pairs, config):', 'as_in_training(pairs, config)[:1]:',
      'accuracy of the first held-out pairs alone'),
     ('dpo.py', '(ahead + even / 2)', '(ahead + even)', 'ties count as right'),
 

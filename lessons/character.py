@@ -13,9 +13,9 @@ principle is kept; SFT teaches these answers without any page.
 
 If a try passes with probability p, one of n does with 1 - (1 - p)^n. By hand: the web keeps an
 address to itself 15 times in 100, so of 8 tries one would be private with 1 - 0.85^8 = 0.73. That
-is the whole trick: the character is there, but rare. (With our page in front privacy is rarer
-still, one question in 50.) Where no try gets a fact right or keeps privacy, up to ten answers by
-hand begin it. Honesty and guidance have none by hand.
+is the whole trick: the character is there, but rare. (Told to talk like a robot it is rarer still:
+8 tries find it for one question in 60.) Where no try gets a fact right or keeps privacy, up to ten
+answers by hand begin it. Honesty and guidance have none by hand.
 
     accuracy    what is on the page is told as it stands there
     voice       each answer begins with "Beep!"
