@@ -127,6 +127,16 @@ def attention_mask(mask, T):
     return (mask[:, None, None, :] & earlier) | itself          # (B, 1, T, S)
 
 
+def one_query_mask(mask, at):
+    """The same, where one token of each row asks: the real one at `at` (B, T).  -> (B, 1, 1, S)"""
+    T = at.shape[1]
+    S = mask.shape[1]
+    key = torch.arange(S, device=mask.device)                   # (S,) positions
+    query = S - T + at.int().argmax(1)                          # (B,)
+    seen = mask & (key <= query[:, None])                       # (B, S)
+    return seen[:, None, None]
+
+
 def attend(q, k, v, allowed):
     """softmax(q k^T / sqrt(D)) v.   q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D)"""
     if q.shape[2] == 1:
@@ -207,19 +217,25 @@ class Attention(nn.Module):
         self.v = Linear(C, config.n_kv_heads * D, bias=config.qkv_bias)
         self.out = Linear(config.n_heads * D, C, bias=False)
 
-    def forward(self, x, layout, cos, sin, allowed, cache):
-        q = self.q(x).unflatten(1, (-1, self.head_dim))         # (U, H, D)
+    def forward(self, x, layout, cos, sin, allowed, cache, ask=None):
+        """ask (B,): the number of the one token of each row that asks, if not all tokens do."""
+        rows_of_q = layout
+        if ask is None:
+            ask = slice(None)
+        else:
+            rows_of_q = every_token(ask[:, None])               # rows of one token: T of q is 1
+        q = self.q(x[ask]).unflatten(1, (-1, self.head_dim))    # (U, H, D); of those that ask, B
         k = self.k(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
         v = self.v(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
-        q = rotate(q, cos, sin)
+        q = rotate(q, cos[ask], sin[ask])
         k = rotate(k, cos, sin)
-        q = to_rows(q, layout).transpose(1, 2)                  # (B, H, T, D)
+        q = to_rows(q, rows_of_q).transpose(1, 2)               # (B, H, T, D)
         k = to_rows(k, layout).transpose(1, 2)                  # (B, K, T, D)
         v = to_rows(v, layout).transpose(1, 2)                  # (B, K, T, D)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)                  # (B, K, S, D), of all tokens so far
         y = attend(q, k, v, allowed)                            # (B, H, T, D)
-        y = from_rows(y.transpose(1, 2), layout)                # (U, H, D)
+        y = from_rows(y.transpose(1, 2), rows_of_q)             # (U, H, D)
         return self.out(y.flatten(1))                           # (U, C)
 
 
@@ -241,14 +257,16 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.norm2 = nn.RMSNorm(config.d_model, config.norm_eps)
         self.mlp = MLP(config)
-        self.is_last = layer == config.n_layers - 1
 
-    def forward(self, x, layout, cos, sin, allowed, cache, wanted):
-        x = x + self.attention(self.norm1(x), layout, cos, sin, allowed, cache)
-        if self.is_last and wanted is not None:
-            x = x.index_select(0, wanted)       # (N, C): no attention follows, so the others can go
-        x = x + self.mlp(self.norm2(x))
-        return x
+    def forward(self, x, layout, cos, sin, allowed, cache, wanted=None, ask=None):
+        """-> (U, C); or of the wanted tokens (N, C); or of those that ask, one of a row, (B, C)"""
+        y = self.attention(self.norm1(x), layout, cos, sin, allowed, cache, ask)
+        if ask is not None:
+            x = x[ask]                                          # (B, C)
+        x = x + y
+        if wanted is not None:
+            x = x.index_select(0, wanted)                       # (N, C)
+        return x + self.mlp(self.norm2(x))
 
 
 BF16 = {"cuda"}              # devices whose products are in bfloat16
@@ -305,10 +323,17 @@ class Transformer(nn.Module):
         cos = angle.cos().to(x.dtype)
         sin = angle.sin().to(x.dtype)
         allowed = attention_mask(mask, T)
-        wanted = None if at is None else layout.number[at]      # (N,) their numbers
         with low_precision(ids.device):
-            for block in self.blocks:
-                x = block(x, layout, cos, sin, allowed, cache, wanted)
+            for block in self.blocks[:-1]:
+                x = block(x, layout, cos, sin, allowed, cache)
+            last = self.blocks[-1]      # no attention follows it, so only what is wanted goes on
+            if at is None:
+                x = last(x, layout, cos, sin, allowed, cache)
+            elif (at.sum(1) == 1).all():    # a judge wants one vector of each row: that token asks
+                allowed = one_query_mask(mask, at)
+                x = last(x, layout, cos, sin, allowed, cache, ask=layout.number[at])
+            else:
+                x = last(x, layout, cos, sin, allowed, cache, wanted=layout.number[at])
         if cache is not None:
             cache.length = S        # now that every layer has added its own
         x = self.norm(x)
@@ -560,7 +585,8 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
     logps = torch.zeros(B, max_new, device=ids.device)
     hidden = torch.inference_mode()(model.hidden)               # quicker than no_grad
     cache = Cache(P + max_new)
-    state = hidden(ids, mask, cache)[:, -1]         # (B, C); what prompts share is computed once
+    newest = torch.arange(P, device=ids.device) == P - 1        # (P,)
+    state = hidden(ids, mask, cache, at=newest.expand(B, P))    # (B, C)
     mask = F.pad(mask, (0, max_new), value=True)                # (B, P + max_new)
     rows = torch.arange(B, device=ids.device)       # those still going
     for t in range(max_new):

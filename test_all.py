@@ -414,6 +414,37 @@ def test_a_few_places_are_the_same_without_the_others(left):
 
 
 @pytest.mark.parametrize("shape", ["left", "right", "shared"])
+def test_one_place_of_each_row_is_the_same_without_the_others(shape):
+    """There one token of a row alone asks in the last layer. Not only the last: any real one."""
+    model = tiny_model()
+    ids, mask, _ = answered_rows(shape)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        chance = torch.rand(mask.shape).masked_fill(~mask, -1)
+        at = F.one_hot(chance.argmax(1), ids.shape[1]).bool()   # (B, T)
+        want = model.hidden(ids, mask)[at]                      # (B, C)
+        got = model.hidden(ids, mask, at=at)
+        near(got, want)
+        weight = torch.randn(want.shape)
+        parameters = list(model.parameters())
+        theirs = torch.autograd.grad((want * weight).sum(), parameters)
+        ours = torch.autograd.grad((got * weight).sum(), parameters)
+        assert close(ours, theirs, 1e-4)
+
+
+def test_one_place_of_each_row_behind_a_cache_and_what_it_leaves_there():
+    model = tiny_model()
+    ids, mask = masked(rows_of(4, 7, 5), True)
+    want = model.hidden(ids, mask)
+    cache = M.Cache(7)
+    for a, b, place in [(0, 3, 2), (3, 6, 1), (6, 7, 0)]:
+        at = torch.zeros(3, b - a, dtype=torch.bool)
+        at[:, place] = True
+        got = model.hidden(ids[:, a:b], mask[:, :b], cache, at)
+        near(got[mask[:, a + place]], want[:, a + place][mask[:, a + place]])
+
+
+@pytest.mark.parametrize("shape", ["left", "right", "shared"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_end_scores_are_read_at_the_last_real_token(k, shape):
     """Whatever stands behind it; and prompts that rows share change no gradient."""
@@ -626,8 +657,9 @@ class Chain:
     embed = torch.nn.Embedding(2, 1)
     sure = 100.0
 
-    def hidden(self, ids, mask, cache):
-        return ids[..., None].float()                           # (B, T, 1)
+    def hidden(self, ids, mask, cache, at=None):
+        states = ids[..., None].float()                         # (B, T, 1)
+        return states if at is None else states[at]
 
     def head(self, state):
         letters = TOKENIZER.decode(state[:, 0].long().tolist())
