@@ -35,6 +35,7 @@ class UserError(Exception):
 # S tokens so far: the T new ones and those in the cache, if there is one
 # U of the B * T tokens are computed: one that rows share once, padding not at all (Layout)
 # cos, sin (U, 1, D): of the angle of each position; allowed (B, 1, T, S): who may look at whom
+# in the last layer at times one token of each row asks alone: then U of q is B, and T is 1
 
 
 @dataclasses.dataclass
@@ -91,7 +92,7 @@ class Layout(NamedTuple):
     Attention alone looks at other tokens, and so needs rows, (B, T). All else is done to each
     token by itself: x (U, C)."""
     number: torch.Tensor     # (B, T) which row of x is this place's token? (at padding any)
-    place: torch.Tensor      # (U,) at which of the B * T places does this row of x stand?
+    place: torch.Tensor      # (U,) one of the B * T places where this row of x stands
 
 
 def to_rows(x, layout):
@@ -119,22 +120,24 @@ def attention_mask(mask, T):
         return None     # plain causal attention: padding on the right comes later than real tokens
     if no_left_padding and T == 1:
         return None     # the newest token sees them all
-    key = torch.arange(S, device=mask.device)                   # (S,) positions
-    query = key[S - T:, None]                                   # (T, 1)
-    earlier = key <= query                                      # (T, S)
-    itself = key == query
-    # padding on the left sees nothing, and a softmax over nothing is nan; so it sees itself
-    return (mask[:, None, None, :] & earlier) | itself          # (B, 1, T, S)
+    query = torch.arange(S - T, S, device=mask.device)          # (T,) positions
+    return itself_and_before(mask, query[:, None])
 
 
 def one_query_mask(mask, at):
-    """The same, where one token of each row asks: the real one at `at` (B, T).  -> (B, 1, 1, S)"""
-    T = at.shape[1]
-    S = mask.shape[1]
-    key = torch.arange(S, device=mask.device)                   # (S,) positions
-    query = S - T + at.int().argmax(1)                          # (B,)
-    seen = mask & (key <= query[:, None])                       # (B, S)
-    return seen[:, None, None]
+    """At which of S tokens may one of each row look, where at (B, T) is True? -> (B, 1, 1, S).
+    Never None: others may come after it."""
+    in_cache = mask.shape[1] - at.shape[1]                      # S - T tokens
+    query = in_cache + at.int().argmax(1)                       # (B,) positions
+    return itself_and_before(mask, query[:, None, None, None])
+
+
+def itself_and_before(mask, query):
+    """query, positions (T, 1) of each row or (B, 1, 1, 1) -> (B, 1, T, S)"""
+    key = torch.arange(mask.shape[1], device=mask.device)       # (S,) positions
+    before = mask[:, None, None, :] & (key <= query)            # (B, 1, T, S)
+    # padding on the left sees nothing, and a softmax over nothing is nan; so it sees itself
+    return before | (key == query)
 
 
 def attend(q, k, v, allowed):
@@ -218,24 +221,25 @@ class Attention(nn.Module):
         self.out = Linear(config.n_heads * D, C, bias=False)
 
     def forward(self, x, layout, cos, sin, allowed, cache, ask=None):
-        """ask (B,): the number of the one token of each row that asks, if not all tokens do."""
-        rows_of_q = layout
+        """ask (B,): which row of x has each text's only query, if not all have one. Keys and values
+        are always of all."""
         if ask is None:
-            ask = slice(None)
+            ask = slice(None)                                   # all U
+            layout_of_q = layout
         else:
-            rows_of_q = every_token(ask[:, None])               # rows of one token: T of q is 1
-        q = self.q(x[ask]).unflatten(1, (-1, self.head_dim))    # (U, H, D); of those that ask, B
+            layout_of_q = every_token(ask[:, None])             # B rows of one token
+        q = self.q(x[ask]).unflatten(1, (-1, self.head_dim))    # (U, H, D)
         k = self.k(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
         v = self.v(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
         q = rotate(q, cos[ask], sin[ask])
         k = rotate(k, cos, sin)
-        q = to_rows(q, rows_of_q).transpose(1, 2)               # (B, H, T, D)
+        q = to_rows(q, layout_of_q).transpose(1, 2)             # (B, H, T, D)
         k = to_rows(k, layout).transpose(1, 2)                  # (B, K, T, D)
         v = to_rows(v, layout).transpose(1, 2)                  # (B, K, T, D)
         if cache is not None:
             k, v = cache.add(self.layer, k, v)                  # (B, K, S, D), of all tokens so far
         y = attend(q, k, v, allowed)                            # (B, H, T, D)
-        y = from_rows(y.transpose(1, 2), rows_of_q)             # (U, H, D)
+        y = from_rows(y.transpose(1, 2), layout_of_q)           # (U, H, D)
         return self.out(y.flatten(1))                           # (U, C)
 
 
@@ -259,7 +263,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, layout, cos, sin, allowed, cache, wanted=None, ask=None):
-        """-> (U, C); or of the wanted tokens (N, C); or of those that ask, one of a row, (B, C)"""
+        """-> (U, C); or of the wanted tokens alone (N, C); or of those that ask (B, C)"""
         y = self.attention(self.norm1(x), layout, cos, sin, allowed, cache, ask)
         if ask is not None:
             x = x[ask]                                          # (B, C)
@@ -301,10 +305,10 @@ class Transformer(nn.Module):
         return self.head(self.hidden(ids, mask))
 
     def hidden(self, ids, mask=None, cache=None, at=None):
-        """ids (B, T) -> (B, T, C). mask (B, T) is True at real tokens; padding may be on either
-        side, not in between. With a cache, ids are the newest T of S tokens, and mask (B, S) covers
-        all S. at (B, T) is True at the N real tokens whose vectors are wanted, if not all are
-        -> (N, C)."""
+        """ids (B, T) -> (B, T, C). mask (B, T) is True at real tokens; padding may stand on
+        either side of them, not in between. With a cache, ids are the newest T of S tokens, and
+        mask (B, S) covers all S. at (B, T) is True at the N real tokens whose vectors are wanted,
+        if not all are -> (N, C)."""
         B, T = ids.shape
         S = T if cache is None else cache.length + T
         if S > self.config.max_len:
@@ -329,7 +333,8 @@ class Transformer(nn.Module):
             last = self.blocks[-1]      # no attention follows it, so only what is wanted goes on
             if at is None:
                 x = last(x, layout, cos, sin, allowed, cache)
-            elif (at.sum(1) == 1).all():    # a judge wants one vector of each row: that token asks
+            elif (at.sum(1) == 1).all():
+                # one of each row, as a judge wants, or a sampler: then it alone has to ask
                 allowed = one_query_mask(mask, at)
                 x = last(x, layout, cos, sin, allowed, cache, ask=layout.number[at])
             else:
@@ -364,7 +369,7 @@ def different_tokens(ids, mask):
     U = int(new.sum())
     if U == B * T or U == 0:            # nothing to save, or nothing at all
         return every_token(ids)         # to_rows and from_rows leave B * T tokens in their places
-    number = new.flatten().cumsum(0).view(new.shape) - 1        # (R, T), right where it is new
+    number = new.flatten().cumsum(0).view(new.shape) - 1        # (R, T), true where it is new
     # elsewhere it is that of the text above. Numbers grow downwards, so the largest is the nearest
     number = number.where(new, 0).cummax(0).values
     places = torch.arange(B * T, device=ids.device).view(B, T)
@@ -579,28 +584,29 @@ def sample(model, tokenizer, prompts, n=1, max_new=64, temperature=1.0, top_k=0,
 
 
 def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, generator):
-    """Token by token. ids, mask (B, P) -> tokens, log-probs, (B, max_new) each."""
+    """Token by token. ids, mask (B, P) -> tokens, log-probs, (B, max_new) each. What stands behind
+    a first end token means nothing."""
     B, P = ids.shape
-    tokens = torch.full((B, max_new), end, device=ids.device)   # who ended early is not drawn again
+    tokens = torch.full((B, max_new), end, device=ids.device)   # ends where no more are drawn
     logps = torch.zeros(B, max_new, device=ids.device)
     hidden = torch.inference_mode()(model.hidden)               # quicker than no_grad
     cache = Cache(P + max_new)
     newest = torch.arange(P, device=ids.device) == P - 1        # (P,)
     state = hidden(ids, mask, cache, at=newest.expand(B, P))    # (B, C)
     mask = F.pad(mask, (0, max_new), value=True)                # (B, P + max_new)
-    rows = torch.arange(B, device=ids.device)       # those still going
+    rows = torch.arange(B, device=ids.device)       # (R,) those not dropped
     for t in range(max_new):
-        logits = model.head(state)                              # (rows, V)
+        logits = model.head(state)                              # (R, V)
         if temperature == 0:
-            token = logits.argmax(-1)                           # (rows,)
+            token = logits.argmax(-1)                           # (R,)
             probs = logits.softmax(-1)
         else:
             probs = (logits / temperature).softmax(-1)
             token = draw(probs, top_k, top_p, generator)
         tokens[rows, t] = token
-        p = probs.gather(1, token[:, None])[:, 0]               # (rows,)
+        p = probs.gather(1, token[:, None])[:, 0]               # (R,)
         logps[rows, t] = p.log()
-        going = (tokens[rows, :t + 1] != end).all(1)            # (rows,)
+        going = (tokens[rows, :t + 1] != end).all(1)            # (R,)
         if t + 1 == max_new or not going.any():
             break
         # drop those that have ended, but seldom: it copies the whole cache
@@ -609,7 +615,7 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
             token = token[going]
             cache.select(going)
         seen = mask[rows, :P + t + 1]
-        state = hidden(token[:, None], seen, cache)[:, 0]       # (rows, C)
+        state = hidden(token[:, None], seen, cache)[:, 0]       # (R, C)
     return tokens, logps
 
 
