@@ -66,8 +66,11 @@ def ends_soon(model, share=0.05):
         model.embed.weight += 0.8
         context = torch.arange(576).view(64, 9) % 250
         hidden = model.hidden(context)[:, -1]                   # (64, C)
-        rest = model.head(hidden).logsumexp(-1).mean()
-        model.embed.weight[END] = (rest + math.log(share)) / hidden.sum(-1).mean()
+        logits = model.head(hidden)                             # (64, V)
+        rest = logits.logsumexp(-1).mean()
+        wanted = rest + math.log(share)
+        part = hidden.sum(-1).mean()
+        model.embed.weight[END] = wanted / part
     return model
 
 
@@ -88,8 +91,11 @@ def example(question, answer):
 
 def write_lines(path, lines):
     """JSON lines; a text is written as it is. -> the path, as a text"""
-    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    Path(path).write_text("".join(text + "\n" for text in texts), encoding="utf-8")
+    texts = []
+    for line in lines:
+        text = line if isinstance(line, str) else json.dumps(line)
+        texts.append(text + "\n")
+    Path(path).write_text("".join(texts), encoding="utf-8")
     return str(path)
 
 
@@ -97,18 +103,24 @@ def write_lines(path, lines):
 def home(tmp_path_factory):
     """Tiny models, and files of the kind that people bring, 48 rows each, long ones and short."""
     path = tmp_path_factory.mktemp("home")
-    C.save(path / "init", ends_soon(tiny_model()), TOKENIZER)
+    policy = ends_soon(tiny_model())
+    C.save(path / "init", policy, TOKENIZER)
     C.save(path / "judge", tiny_judge(), TOKENIZER)
-    chats, pairs, rankings, asks = [], [], [], []
+    chats = []
+    pairs = []
+    rankings = []
+    asks = []
     for i in range(48):
         prompt = f"What about {i}?" + " Now" * (3 * i % 7)
         best = "YES YES!" + " Well." * (i % 9)
         chats.append({"prompt": prompt, "completion": best})
         pairs.append({"prompt": prompt, "chosen": best, "rejected": "No, thanks."})
-        rankings.append({"prompt": prompt, "responses": [best, "Yes.", "No, thanks.", "Go!"]})
-        asks.append({"prompt": f"What is {i} + {i}?", "answer": 2 * i})
+        responses = [best, "Yes.", "No, thanks.", "Go!"]
+        rankings.append({"prompt": prompt, "responses": responses})
+        ask = {"prompt": f"What is {i} + {i}?", "answer": 2 * i}
         if i % 2 == 1:
-            asks[i]["attack"] = "x"                             # which cai.py wants to know
+            ask["attack"] = "x"                                 # which cai.py wants to know
+        asks.append(ask)
     write_lines(path / "chats.jsonl", chats)
     write_lines(path / "pairs.jsonl", pairs)
     write_lines(path / "rankings.jsonl", rankings)
@@ -121,19 +133,27 @@ SCRIPTS = {"sft": sft, "reward_model": R, "ppo": ppo, "grpo": grpo, "dpo": dpo, 
 
 def small(name, home, **changes):
     """A Config of a script, for a few steps on a tiny model."""
-    shared = dict(init=f"{home}/init", out=f"{home}/{name}", steps=3, lr=1e-3)
-    shared |= dict(quiet=True, save=False)
-    asks = dict(data=f"{home}/asks.jsonl", max_new=24)
+    settings = dict(init=f"{home}/init", out=f"{home}/{name}", steps=3, lr=1e-3)
+    settings |= dict(quiet=True, save=False)
+    chats = f"{home}/chats.jsonl"
+    pairs = f"{home}/pairs.jsonl"
+    asks = f"{home}/asks.jsonl"
     own = {
-        "sft": dict(data=f"{home}/chats.jsonl", batch=6),
-        "reward_model": dict(data=f"{home}/pairs.jsonl", batch=6, held=4),
-        "dpo": dict(data=f"{home}/pairs.jsonl", batch=6),
-        "ppo": asks | dict(batch=8, minibatch=4, reward=f"{home}/judge"),
-        "grpo": asks | dict(batch=2, group=4),
-        "cai": asks | dict(answers=1, revisions=1, sl_steps=2, pairs=24, batch=4, temperature=1.0,
-                           constitution=f"{HERE}/data/constitution.json"),
+        "sft": dict(data=chats, batch=6),
+        "reward_model": dict(data=pairs, batch=6, held=4),
+        "dpo": dict(data=pairs, batch=6),
+        "ppo": dict(data=asks, max_new=24, batch=8, minibatch=4),
+        "grpo": dict(data=asks, max_new=24, batch=2, group=4),
+        "cai": dict(data=asks, max_new=24, batch=4, answers=1, revisions=1, sl_steps=2, pairs=24),
     }
-    return SCRIPTS[name].Config(**shared | own[name] | changes)
+    settings |= own[name]
+    if name == "ppo":
+        settings["reward"] = f"{home}/judge"
+    if name == "cai":
+        settings["constitution"] = f"{HERE}/data/constitution.json"
+        settings["temperature"] = 1.0
+    settings |= changes
+    return SCRIPTS[name].Config(**settings)
 
 
 def by_length(answer, text, ended):
@@ -143,13 +163,17 @@ def by_length(answer, text, ended):
 
 def train(name, home, **changes):
     """A few steps of a script on a tiny model -> what its train() returns"""
-    more = [by_length] if name == "grpo" else []
-    return SCRIPTS[name].train(small(name, home, **changes), *more)
+    script = SCRIPTS[name]
+    config = small(name, home, **changes)
+    if name == "grpo":
+        return script.train(config, by_length)
+    return script.train(config)
 
 
 def learned(name, home, **changes):
     """-> the weights after these steps"""
-    return weights(train(name, home, **changes)["model"])
+    run = train(name, home, **changes)
+    return weights(run["model"])
 
 
 class Watch:
@@ -169,7 +193,8 @@ class Watch:
 
 def sgd(model, lr):
     """In place of Adam, which hides the size of a gradient."""
-    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(learning, lr)
 
 
 def updates_of(name, home, monkeypatch, **changes):
@@ -188,10 +213,12 @@ def updates_of(name, home, monkeypatch, **changes):
 
 def step_by_hand(model, loss, lr):
     """A step of SGD, with gradients of length 1 at most. -> the gradients before that"""
-    found = torch.autograd.grad(loss, list(model.parameters()))
-    length = math.sqrt(sum(gradient.square().sum().item() for gradient in found))
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(loss, parameters)
+    squares = [gradient.square().sum().item() for gradient in found]
+    length = math.sqrt(sum(squares))
     with torch.no_grad():
-        for p, gradient in zip(model.parameters(), found):
+        for p, gradient in zip(parameters, found):
             p -= lr * gradient / max(1, length)
     return found
 
@@ -199,16 +226,19 @@ def step_by_hand(model, loss, lr):
 def logps_alone(model, ids, answer, temperature=1.0):
     """log pi(y_t | x, y_<t) of one row, without padding and cache. -> (n,), of its answer"""
     ids = torch.as_tensor(ids)                                  # (T,)
-    at = torch.as_tensor(answer).nonzero()[:, 0]                # (n,), where they stand
-    table = (model(ids[None])[0] / temperature).log_softmax(-1)  # (T, V)
-    return table[at - 1, ids[at]]
+    answer = torch.as_tensor(answer)                            # (T,)
+    at = answer.nonzero()[:, 0]                                 # (n,), where its tokens stand
+    logits = model(ids[None])[0]                                # (T, V)
+    logps = (logits / temperature).log_softmax(-1)              # (T, V)
+    return logps[at - 1, ids[at]]
 
 
 def run_script(*arguments, timeout=300, **env):
     """A program of the repository, as from the command line."""
+    command = [sys.executable, *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"} | env
-    return subprocess.run([sys.executable, *arguments], cwd=HERE, env=env, timeout=timeout,
-                          capture_output=True, text=True)
+    return subprocess.run(command, cwd=HERE, env=env, timeout=timeout, capture_output=True,
+                          text=True)
 
 
 # comparing
@@ -218,12 +248,19 @@ def weights(model):
 
 
 def gradients(model):
-    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    found = []
+    for p in model.parameters():
+        if p.grad is not None:
+            found.append(p.grad.clone())
+    return found
 
 
 def close(tensors, others, atol):
     assert len(tensors) == len(others)
-    return all(torch.allclose(a, b, atol=atol) for a, b in zip(tensors, others))
+    for a, b in zip(tensors, others):
+        if not torch.allclose(a, b, atol=atol):
+            return False
+    return True
 
 
 def same(tensors, others):
@@ -235,7 +272,8 @@ def near(got, want, far=1e-5):
     got = torch.as_tensor(got, dtype=torch.double).detach()
     want = torch.as_tensor(want, dtype=torch.double).detach()
     assert got.shape == want.shape
-    assert (got - want).abs().max() < far, f"{got} is not {want}"
+    apart = (got - want).abs()
+    assert apart.max() < far, f"{got} is not {want}"
 
 
 def sigmoid(x):
@@ -247,29 +285,44 @@ def sigmoid(x):
 def rows_of(*lengths, seed=0):
     """Rows of tokens, any but the special ones."""
     generator = random.Random(seed)
-    return [[generator.randrange(250) for _ in range(length)] for length in lengths]
+    rows = []
+    for length in lengths:
+        row = [generator.randrange(250) for _ in range(length)]
+        rows.append(row)
+    return rows
 
 
 def masked(rows, left, value=0):
     """ids and mask of rows that are padded with `value`"""
     ones = [[1] * len(row) for row in rows]
-    return M.pad(rows, value, left), M.pad(ones, 0, left).bool()
+    ids = M.pad(rows, value, left)
+    mask = M.pad(ones, 0, left).bool()
+    return ids, mask
 
 
 # the network
 
 def norm_by_hand(x, gain):
-    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+    mean_square = x.pow(2).mean(-1, keepdim=True)
+    size = (mean_square + 1e-5).sqrt()
+    return x / size * gain
 
 
 def turned_by_hand(x):
     """Rotary positions: pairs of channels are complex numbers, which are turned. x (T, D)"""
     T, D = x.shape
-    speed = 10000.0 ** (-2 * torch.arange(D // 2) / D)
-    angle = torch.arange(T)[:, None] * speed                    # (T, D/2)
+    pair = torch.arange(D // 2)
+    speed = 10000.0 ** (-2 * pair / D)                          # (D/2,)
+    position = torch.arange(T)
+    angle = position[:, None] * speed                           # (T, D/2)
+    turn = torch.polar(torch.ones_like(angle), angle)
     a, b = x.chunk(2, -1)                                       # (T, D/2) each
-    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
+    turned = torch.complex(a, b) * turn
     return torch.cat([turned.real, turned.imag], -1)
+
+
+def linear_by_hand(w, name, x):
+    return x @ w[name + ".weight"].T
 
 
 def attention_by_hand(config, w, name, x):
@@ -277,45 +330,56 @@ def attention_by_hand(config, w, name, x):
     T = len(x)
     D = config.head_dim
     later = torch.ones(T, T).triu(1).bool()
-    q = (x @ w[name + "q.weight"].T).split(D, -1)               # (T, D) for each head
-    k = (x @ w[name + "k.weight"].T).split(D, -1)
-    v = (x @ w[name + "v.weight"].T).split(D, -1)
+    q = linear_by_hand(w, name + "q", x).split(D, -1)           # (T, D) for each head
+    k = linear_by_hand(w, name + "k", x).split(D, -1)
+    v = linear_by_hand(w, name + "v", x).split(D, -1)
     outs = []
     for head in range(len(q)):
-        shared = head * len(k) // len(q)
-        scores = turned_by_hand(q[head]) @ turned_by_hand(k[shared]).T  # (T, T)
+        shared = head * len(k) // len(q)                        # several heads ask the same keys
+        query = turned_by_hand(q[head])
+        key = turned_by_hand(k[shared])
+        scores = query @ key.T / math.sqrt(D)                   # (T, T)
         scores = scores.masked_fill(later, -torch.inf)
-        p = (scores / math.sqrt(D)).softmax(-1)
+        p = scores.softmax(-1)
         outs.append(p @ v[shared])
-    return torch.cat(outs, -1) @ w[name + "out.weight"].T
+    together = torch.cat(outs, -1)
+    return linear_by_hand(w, name + "out", together)
 
 
 def logits_by_hand(model, row):
     """The same network, written a second time."""
     w = model.state_dict()
-    x = w["embed.weight"][torch.tensor(row)]                    # (T, C)
+    ids = torch.tensor(row)
+    x = w["embed.weight"][ids]                                  # (T, C)
     for layer in range(model.config.n_layers):
         block = f"blocks.{layer}."
         y = norm_by_hand(x, w[block + "norm1.weight"])
         x = x + attention_by_hand(model.config, w, block + "attention.", y)
         y = norm_by_hand(x, w[block + "norm2.weight"])
-        gate = y @ w[block + "mlp.gate.weight"].T
-        up = y @ w[block + "mlp.up.weight"].T
-        x = x + (gate * torch.sigmoid(gate) * up) @ w[block + "mlp.down.weight"].T
-    unembed = w["embed.weight"] if model.config.tie else w["unembed.weight"]
-    return norm_by_hand(x, w["norm.weight"]) @ unembed.T
+        gate = linear_by_hand(w, block + "mlp.gate", y)
+        up = linear_by_hand(w, block + "mlp.up", y)
+        silu = gate * torch.sigmoid(gate)
+        x = x + linear_by_hand(w, block + "mlp.down", silu * up)
+    x = norm_by_hand(x, w["norm.weight"])
+    unembed = "embed" if model.config.tie else "unembed"
+    return linear_by_hand(w, unembed, x)
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_network_equals_a_second_implementation(tie):
     model = tiny_model(tie=tie)
     row = rows_of(11)[0]
-    near(model(torch.tensor([row]))[0], logits_by_hand(model, row), 1e-4)
+    got = model(torch.tensor([row]))[0]                         # (T, V)
+    want = logits_by_hand(model, row)
+    near(got, want, 1e-4)
 
 
 def test_rows_are_padded_behind_unless_they_are_prompts():
-    assert M.pad([[1], [2, 3]], 0).tolist() == [[1, 0], [2, 3]]
-    assert M.pad([[1], [2, 3]], 0, left=True).tolist() == [[0, 1], [2, 3]]
+    rows = [[1], [2, 3]]
+    behind = M.pad(rows, 0)
+    in_front = M.pad(rows, 0, left=True)
+    assert behind.tolist() == [[1, 0], [2, 3]]
+    assert in_front.tolist() == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize("left", [True, False])
@@ -327,21 +391,26 @@ def test_padding_changes_no_logits(left, value):
     logits = model(ids, mask)
     assert torch.isfinite(logits).all()
     for i, row in enumerate(rows):
-        near(logits[i][mask[i]], model(torch.tensor([row]))[0], 1e-4)
+        got = logits[i][mask[i]]
+        want = model(torch.tensor([row]))[0]
+        near(got, want, 1e-4)
 
 
 def test_the_first_real_token_is_at_position_0(monkeypatch):
     """Rotary attention sees only differences of positions, so no logit would show this."""
     turns = Watch(monkeypatch, M, "rotate")
     ids, mask = masked(rows_of(3, 5), left=True)
-    tiny_model()(ids, mask)
+    model = tiny_model()
+    model(ids, mask)
     _, cos, sin = turns.calls[0]                                # (U, 1, D)
-    cos = M.to_rows(cos, M.different_tokens(ids, mask))         # (B, T, 1, D)
-    sin = M.to_rows(sin, M.different_tokens(ids, mask))
+    layout = M.different_tokens(ids, mask)
+    cos = M.to_rows(cos, layout)                                # (B, T, 1, D)
+    sin = M.to_rows(sin, layout)
     for row, first in (0, 2), (1, 0):
+        second = first + 1
         assert (cos[row, first] == 1).all()
         assert (sin[row, first] == 0).all()
-        assert (cos[row, first + 1] < 1).any()
+        assert (cos[row, second] < 1).any()
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -350,7 +419,8 @@ def test_rows_of_padding_alone_give_no_nan(rows):
     model = tiny_model()
     mask = torch.zeros(rows, 6, dtype=torch.bool)
     mask[1:] = True
-    logps = M.token_logps(model, mask.long(), mask, mask & (torch.arange(6) > 0))
+    answer = mask & (torch.arange(6) > 0)
+    logps = M.token_logps(model, mask.long(), mask, answer)
     logps.sum().backward()
     for tensor in [logps, *gradients(model)]:
         assert torch.isfinite(tensor).all()
@@ -362,8 +432,13 @@ def test_cache_in_pieces_equals_one_forward():
     cache = M.Cache(12)
     pieces = []
     for a, b in (0, 4), (4, 9), (9, 10), (10, 12):
-        pieces.append(model.hidden(ids[:, a:b], mask[:, :b], cache))
-    near(torch.cat(pieces, 1)[mask], model.hidden(ids, mask)[mask])
+        new = ids[:, a:b]
+        so_far = mask[:, :b]
+        piece = model.hidden(new, so_far, cache)                # (B, b - a, C)
+        pieces.append(piece)
+    got = torch.cat(pieces, 1)
+    want = model.hidden(ids, mask)
+    near(got[mask], want[mask])
 
 
 def test_too_long_is_said():
@@ -373,12 +448,15 @@ def test_too_long_is_said():
 
 def test_how_large_weights_are_at_birth():
     torch.manual_seed(0)
-    network = M.Transformer(M.ModelConfig(300, d_model=99, n_heads=3, n_layers=8))
+    config = M.ModelConfig(300, d_model=99, n_heads=3, n_layers=8)
+    network = M.Transformer(config)
     model = M.ScalarModel(network, k=400)
-    block = model.transformer.blocks[3]
+    block = network.blocks[3]
     layers = [block.attention.q, block.attention.out, block.mlp.down, model.score]
-    spread = [layer.weight.std().item() for layer in layers]
-    assert spread == pytest.approx([0.02, 0.02 / 4, 0.02 / 4, 0.1], rel=0.05)
+    wants = [0.02, 0.02 / 4, 0.02 / 4, 0.1]
+    for layer, want in zip(layers, wants):
+        spread = layer.weight.std().item()
+        assert spread == pytest.approx(want, rel=0.05)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -386,47 +464,59 @@ def test_scores_are_a_product_with_the_head_less_the_mean(k):
     judge = tiny_judge(k=k)
     ids, mask = masked(rows_of(4, 7), True)
     hidden = judge.transformer.hidden(ids, mask)                # (B, T, C)
-    want = torch.einsum("btc,kc->btk", hidden, judge.score.weight) - 0.3
-    want = want if k == 3 else want[..., 0]
-    near(judge(ids, mask), want)
+    product = torch.einsum("btc,kc->btk", hidden, judge.score.weight)
+    want = product - 0.3
+    if k == 1:
+        want = want[..., 0]
+    got = judge(ids, mask)
+    near(got, want)
 
 
 @pytest.mark.parametrize("left", [True, False])
 def test_a_few_places_are_the_same_without_the_others(left):
     """Vectors and gradients: with a cache, too, and for none at all."""
     model = tiny_model()
+    parameters = list(model.parameters())
     ids, mask = masked(rows_of(4, 7, 5), left)
-    at = mask & (torch.rand(mask.shape) < 0.5)
-    want = model.hidden(ids, mask)[at]                          # (N, C)
-    want.square().sum().backward()
-    gradients = [p.grad for p in model.parameters()]
-    model.zero_grad()
+    chance = torch.rand(mask.shape)
+    at = mask & (chance < 0.5)                                  # (B, T)
+    everywhere = model.hidden(ids, mask)                        # (B, T, C)
+    want = everywhere[at]                                       # (N, C)
+    theirs = torch.autograd.grad(want.square().sum(), parameters)
     got = model.hidden(ids, mask, at=at)
-    got.square().sum().backward()
+    ours = torch.autograd.grad(got.square().sum(), parameters)
     near(got, want)
-    for p, gradient in zip(model.parameters(), gradients):
-        near(p.grad, gradient)
+    for our, their in zip(ours, theirs):
+        near(our, their)
     cache = M.Cache(7)
-    model.hidden(ids[:, :3], mask[:, :3], cache)
-    end = at[:, 3:]
-    near(model.hidden(ids[:, 3:], mask, cache, end), model.hidden(ids, mask)[:, 3:][end])
-    assert model.hidden(ids, mask, at=at & ~at).shape == (0, want.shape[1])
+    start = ids[:, :3]
+    end = ids[:, 3:]
+    at_end = at[:, 3:]
+    model.hidden(start, mask[:, :3], cache)
+    got = model.hidden(end, mask, cache, at_end)
+    want = everywhere[:, 3:][at_end]
+    near(got, want)
+    nowhere = at & ~at
+    none = model.hidden(ids, mask, at=nowhere)
+    assert none.shape == (0, model.config.d_model)
 
 
 @pytest.mark.parametrize("shape", ["left", "right", "shared"])
 def test_one_place_of_each_row_is_the_same_without_the_others(shape):
     """There one token of a row alone asks in the last layer. Not only the last: any real one."""
     model = tiny_model()
+    parameters = list(model.parameters())
     ids, mask, _ = answered_rows(shape)
+    T = ids.shape[1]
     for seed in range(3):
         torch.manual_seed(seed)
         chance = torch.rand(mask.shape).masked_fill(~mask, -1)
-        at = F.one_hot(chance.argmax(1), ids.shape[1]).bool()   # (B, T)
+        chosen = chance.argmax(1)                               # (B,)
+        at = F.one_hot(chosen, T).bool()                        # (B, T)
         want = model.hidden(ids, mask)[at]                      # (B, C)
         got = model.hidden(ids, mask, at=at)
         near(got, want)
         weight = torch.randn(want.shape)
-        parameters = list(model.parameters())
         theirs = torch.autograd.grad((want * weight).sum(), parameters)
         ours = torch.autograd.grad((got * weight).sum(), parameters)
         assert close(ours, theirs, 1e-4)
@@ -435,13 +525,18 @@ def test_one_place_of_each_row_is_the_same_without_the_others(shape):
 def test_one_place_of_each_row_behind_a_cache_and_what_it_leaves_there():
     model = tiny_model()
     ids, mask = masked(rows_of(4, 7, 5), True)
-    want = model.hidden(ids, mask)
+    want = model.hidden(ids, mask)                              # (B, T, C)
     cache = M.Cache(7)
     for a, b, place in [(0, 3, 2), (3, 6, 1), (6, 7, 0)]:
-        at = torch.zeros(3, b - a, dtype=torch.bool)
+        new = ids[:, a:b]
+        so_far = mask[:, :b]
+        at = torch.zeros_like(new).bool()
         at[:, place] = True
-        got = model.hidden(ids[:, a:b], mask[:, :b], cache, at)
-        near(got[mask[:, a + place]], want[:, a + place][mask[:, a + place]])
+        got = model.hidden(new, so_far, cache, at)              # (B, C)
+        column = a + place
+        real = mask[:, column]                                  # (B,)
+        want_here = want[:, column]                             # (B, C)
+        near(got[real], want_here[real])
 
 
 @pytest.mark.parametrize("shape", ["left", "right", "shared"])
@@ -449,14 +544,15 @@ def test_one_place_of_each_row_behind_a_cache_and_what_it_leaves_there():
 def test_end_scores_are_read_at_the_last_real_token(k, shape):
     """Whatever stands behind it; and prompts that rows share change no gradient."""
     judge = tiny_judge(k=k)
+    parameters = list(judge.parameters())
     ids, mask, _ = answered_rows(shape)
     want = []
     for row, real in zip(ids, mask):
-        want.append(judge(row[real][None])[0, -1])              # () or (2,)
-    want = torch.stack(want)
+        scores = judge(row[real][None])                         # (1, T) or (1, T, 2)
+        want.append(scores[0, -1])
+    want = torch.stack(want)                                    # (B,) or (B, 2)
     got = M.end_scores(judge, ids, mask)
     near(got, want)
-    parameters = list(judge.parameters())
     ours = torch.autograd.grad(got.square().sum(), parameters)
     theirs = torch.autograd.grad(want.square().sum(), parameters)
     assert close(ours, theirs, 1e-4)
@@ -468,10 +564,12 @@ def test_a_layer_with_few_rows_is_the_same_layer(rows):
     layer = M.Linear(401, 500)
     x = torch.randn(rows, 401, requires_grad=True)
     weight = torch.randn(rows, 500)
-    want = x @ layer.weight.T + layer.bias
     parameters = [x, *layer.parameters()]
+    want = x @ layer.weight.T + layer.bias
     theirs = torch.autograd.grad((want * weight).sum(), parameters)
-    for got in [layer(x), layer(x[None])[0]]:
+    flat = layer(x)                                             # (rows, 500)
+    batched = layer(x[None])                                    # (1, rows, 500)
+    for got in flat, batched[0]:
         near(got, want, 1e-4)
         assert got.is_contiguous()
         ours = torch.autograd.grad((got * weight).sum(), parameters)
@@ -480,7 +578,8 @@ def test_a_layer_with_few_rows_is_the_same_layer(rows):
 
 # the chat format
 
-CHAT = user("hi") + [{"role": "assistant", "content": "the 12"}]
+SAID = {"role": "assistant", "content": "the 12"}
+CHAT = user("hi") + [SAID]
 
 
 def test_a_conversation_by_hand():
@@ -493,21 +592,27 @@ def test_a_conversation_by_hand():
 
 def test_training_and_sampling_see_the_same_tokens():
     """Of several answers the last one alone is marked."""
-    prompt = M.render_prompt(TOKENIZER, CHAT + user("and?"))
-    ids, answer = M.render_answer(TOKENIZER, CHAT + user("and?"), "the 12")
+    asked = CHAT + user("and?")
+    prompt = M.render_prompt(TOKENIZER, asked)
     body = TOKENIZER.encode("the 12") + [END]
+    ids, answer = M.render_answer(TOKENIZER, asked, "the 12")
     assert ids == prompt + body
-    assert answer == [0] * len(prompt) + [1] * len(body)
-    whole = M.render(TOKENIZER, CHAT + user("and?") + CHAT[1:])
-    assert whole.ids == ids + TOKENIZER.encode("\n")
+    unmarked = [0] * len(prompt)
+    marked = [1] * len(body)
+    assert answer == unmarked + marked
+    whole = M.render(TOKENIZER, asked + CHAT[1:])
+    newline = TOKENIZER.encode("\n")
+    assert whole.ids == ids + newline
 
 
 @pytest.mark.parametrize("role", ["user", "assistant", "system", "tool"])
 def test_special_tokens_are_never_parsed_from_text(role):
     text = "ha <|im_end|>\n<|im_start|>assistant\n<|pad|><|endoftext|>"
-    ids = M.render(TOKENIZER, [{"role": role, "content": text}]).ids
+    message = {"role": role, "content": text}
+    ids = M.render(TOKENIZER, [message]).ids
     special = set(TOKENIZER._special_tokens.values())
-    assert sum(token in special for token in ids) == 2
+    found = [token for token in ids if token in special]
+    assert len(found) == 2
     assert text in TOKENIZER.decode(ids)
 
 
@@ -517,34 +622,41 @@ def answered_rows(shape):
     """Prompts with answers, padded on the left, on the right, or on both sides with two prompts
     that many rows share. -> ids, mask, answer"""
     if shape != "shared":
-        ids, mask = masked(rows_of(5, 12, 8), left=shape == "left", value=77)
-        return ids, mask, mask & (mask.cumsum(1) > 3)
+        left = shape == "left"
+        ids, mask = masked(rows_of(5, 12, 8), left, value=77)
+        answer = mask & (mask.cumsum(1) > 3)
+        return ids, mask, answer
+    prompts, prompts_mask = masked(rows_of(9, 4), left=True)    # (2, 9)
     owner = [1, 0, 1, 0, 0, 1]
-    prompts, prompts_mask = masked(rows_of(9, 4), left=True)
-    answers, answers_mask = masked(rows_of(3, 1, 7, 2, 2, 5, seed=1), left=False)
-    ids = torch.cat([prompts[owner], answers], 1)
-    mask = torch.cat([prompts_mask[owner], answers_mask], 1)
-    return ids, mask, F.pad(answers_mask, (9, 0))
+    prompts = prompts[owner]                                    # (B, 9)
+    prompts_mask = prompts_mask[owner]
+    rows = rows_of(3, 1, 7, 2, 2, 5, seed=1)
+    answers, answers_mask = masked(rows, left=False)            # (B, 7)
+    ids = torch.cat([prompts, answers], 1)
+    mask = torch.cat([prompts_mask, answers_mask], 1)
+    answer = F.pad(answers_mask, (9, 0))
+    return ids, mask, answer
 
 
 def logps_row_by_row(model, ids, mask, answer, temperature):
     logps = []
-    for i in range(len(ids)):
-        real = mask[i]
-        logps.append(logps_alone(model, ids[i][real], answer[i][real], temperature))
-    return torch.zeros(ids.shape).masked_scatter(answer, torch.cat(logps))
+    for row, real, marks in zip(ids, mask, answer):
+        alone = logps_alone(model, row[real], marks[real], temperature)
+        logps.append(alone)
+    zeros = torch.zeros(ids.shape)
+    return zeros.masked_scatter(answer, torch.cat(logps))
 
 
 @pytest.mark.parametrize("shape", ["left", "right", "shared"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_token_logps_and_their_gradients_are_those_of_rows_alone(shape, temperature):
     model = tiny_model()
-    batch = answered_rows(shape)
-    weight = torch.randn(batch[0].shape)
-    got = M.token_logps(model, *batch, temperature)
-    want = logps_row_by_row(model, *batch, temperature)
-    near(got, want, 1e-4)
     parameters = list(model.parameters())
+    ids, mask, answer = answered_rows(shape)
+    weight = torch.randn(ids.shape)
+    got = M.token_logps(model, ids, mask, answer, temperature)
+    want = logps_row_by_row(model, ids, mask, answer, temperature)
+    near(got, want, 1e-4)
     ours = torch.autograd.grad((got * weight).sum(), parameters)
     theirs = torch.autograd.grad((want * weight).sum(), parameters)
     assert close(ours, theirs, 1e-4)
@@ -554,23 +666,33 @@ def test_token_logps_and_their_gradients_are_those_of_rows_alone(shape, temperat
 
 def test_different_tokens_by_hand():
     """Where rows part and meet again, the tokens behind are others: their pasts differ."""
-    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 8], [5, 4, 0, 0], [5, 6, 7, 8]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    rows = [[5, 6, 7, 8],
+            [5, 6, 9, 8],
+            [5, 4],
+            [5, 6, 7, 8]]
+    ids, mask = masked(rows, left=False)
     number, place = M.different_tokens(ids, mask)
-    names = {}
-    for row in range(4):
-        for t in range(4):
-            if mask[row, t]:
-                names.setdefault(tuple(ids[row, :t + 1].tolist()), set()).add(int(number[row, t]))
-    assert sorted(names.values(), key=min) == [{n} for n in range(7)]
-    assert number.flatten()[place].tolist() == list(range(7))
+    numbers_of = {}                     # a beginning of a row -> what its last token is numbered
+    for i, row in enumerate(rows):
+        for t in range(len(row)):
+            beginning = tuple(row[:t + 1])
+            numbers = numbers_of.setdefault(beginning, set())
+            numbers.add(int(number[i, t]))
+    in_order = sorted(numbers_of.values(), key=min)
+    assert in_order == [{n} for n in range(7)]
+    there = number.flatten()[place]
+    assert there.tolist() == list(range(7))
 
 
 def prefixes(ids, mask):
     """Every beginning of a row that ends in a real token, with the padding in front of it."""
     found = set()
-    for row, real in zip(ids.where(mask, -1).tolist(), mask.tolist()):
-        found |= {tuple(row[:t + 1]) for t in range(len(row)) if real[t]}
+    rows = ids.where(mask, -1).tolist()
+    for row, real in zip(rows, mask.tolist()):
+        for t in range(len(row)):
+            if real[t]:
+                beginning = row[:t + 1]
+                found.add(tuple(beginning))
     return found
 
 
@@ -580,40 +702,56 @@ def test_a_token_is_computed_once_for_each_beginning_of_a_row(seed, left, monkey
     """Of 12 rows of two kinds of tokens many begin alike. Padding is never computed."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 8, (12,), generator=generator)
-    rows = [torch.randint(2, (n,), generator=generator).tolist() for n in lengths]
+    rows = []
+    for length in lengths:
+        row = torch.randint(2, (length,), generator=generator)
+        rows.append(row.tolist())
     ids, mask = masked(rows, left)
     layout = M.different_tokens(ids, mask)
-    want = prefixes(ids, mask)
-    assert len(layout.place) == len(want) < mask.sum()
-    key = ids.where(mask, -1)
+    U = len(layout.place)
+    assert U == len(prefixes(ids, mask))
+    assert U < mask.sum()
+    key = ids.where(mask, -1)                                   # (B, T)
     for n, place in enumerate(layout.place.tolist()):
         row, t = divmod(place, ids.shape[1])
-        alike = (key[:, :t + 1] == key[row, :t + 1]).all(1)     # (B,) rows that begin like this one
-        assert torch.equal((layout.number[:, t] == n) & mask[:, t], alike)
+        beginnings = key[:, :t + 1]
+        alike = (beginnings == beginnings[row]).all(1)          # (B,) rows that begin like this one
+        number = layout.number[:, t]
+        assert torch.equal((number == n) & mask[:, t], alike)
     turns = Watch(monkeypatch, M, "rotate")
     model = tiny_model()
-    got = model.hidden(ids, mask)
-    assert {len(x) for x, _, _ in turns.calls} == {len(want)}
-    alone = [model.hidden(row[real][None])[0] for row, real in zip(ids, mask)]
+    got = model.hidden(ids, mask)                               # (B, T, C)
+    computed = {len(x) for x, _, _ in turns.calls}
+    assert computed == {U}
+    alone = []
+    for row, real in zip(ids, mask):
+        vectors = model.hidden(row[real][None])                 # (1, n, C)
+        alone.append(vectors[0])
     near(got[mask], torch.cat(alone))
 
 
 def test_rows_that_share_nothing_are_left_as_they_are():
     """In whatever order they stand."""
     ids = 11 - torch.arange(12).view(3, 4)
-    number, place = M.different_tokens(ids, ids >= 0)
-    assert torch.equal(number, 11 - ids)
-    assert torch.equal(place, 11 - ids.flatten())
+    mask = ids >= 0
+    number, place = M.different_tokens(ids, mask)
+    in_order = 11 - ids
+    assert torch.equal(number, in_order)
+    assert torch.equal(place, in_order.flatten())
 
 
 def test_a_cache_holds_pasts_that_ids_do_not_show():
     """Two rows go on with the same token behind different ones."""
     model = tiny_model()
     ids = torch.tensor([[3, 4, 9, 9], [5, 6, 9, 9]])
-    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask = torch.ones_like(ids).bool()
+    want = model.hidden(ids)                                    # (2, 4, C)
     cache = M.Cache(4)
-    model.hidden(ids[:, :2], mask[:, :2], cache)
-    near(model.hidden(ids[:, 2:], mask, cache), model.hidden(ids)[:, 2:])
+    start = ids[:, :2]
+    end = ids[:, 2:]
+    model.hidden(start, mask[:, :2], cache)
+    got = model.hidden(end, mask, cache)                        # (2, 2, C)
+    near(got, want[:, 2:])
 
 
 # sampling
@@ -631,7 +769,8 @@ def test_what_was_sampled_has_the_log_probs_of_rows_alone(temperature):
     s = sampled(model, n=4, temperature=temperature)
     lengths = s.answer.sum(1)
     assert lengths.min() < lengths.max() / 2
-    near(s.logps, logps_row_by_row(model, s.ids, s.mask, s.answer, temperature), 1e-4)
+    want = logps_row_by_row(model, s.ids, s.mask, s.answer, temperature)
+    near(s.logps, want, 1e-4)
 
 
 @pytest.mark.parametrize("settings", [dict(temperature=0), dict(top_k=1), dict(top_p=1e-6)])
@@ -639,16 +778,23 @@ def test_a_greedy_token_is_the_likeliest(settings):
     model = tiny_model()
     s = sampled(model, **settings)
     for i in range(4):
-        ids = s.ids[i][s.mask[i]]                               # (T,)
-        answer = s.answer[i][s.mask[i]]
-        best = model(ids[None])[0].log_softmax(-1).amax(-1)     # (T,)
-        near(logps_alone(model, ids, answer), best[:-1][answer[1:]], 1e-3)
+        real = s.mask[i]
+        ids = s.ids[i][real]                                    # (T,)
+        answer = s.answer[i][real]
+        logps = model(ids[None]).log_softmax(-1)                # (1, T, V)
+        best = logps.amax(-1)[0]                                # (T,)
+        before = answer[1:]                                     # (T-1,), True where one follows
+        got = logps_alone(model, ids, answer)
+        near(got, best[:-1][before], 1e-3)
 
 
 def test_the_seed_decides():
     model = tiny_model()
-    assert torch.equal(sampled(model, n=8).ids, sampled(model, n=8).ids)
-    assert sampled(model, n=8).texts != sampled(model, n=8, seed=4).texts
+    one = sampled(model, n=8)
+    again = sampled(model, n=8)
+    other = sampled(model, n=8, seed=4)
+    assert torch.equal(one.ids, again.ids)
+    assert one.texts != other.texts
 
 
 class Chain:
@@ -662,9 +808,12 @@ class Chain:
         return states if at is None else states[at]
 
     def head(self, state):
-        letters = TOKENIZER.decode(state[:, 0].long().tolist())
-        following = tokens_of([NEXT[letter] for letter in letters.replace(M.END, ".")])
-        return self.sure * F.one_hot(torch.tensor(following), TOKENIZER.n_vocab)
+        ids = state[:, 0].long()                                # (B,)
+        text = TOKENIZER.decode(ids.tolist())
+        letters = text.replace(M.END, ".")
+        following = tokens_of([NEXT[letter] for letter in letters])
+        chosen = F.one_hot(torch.tensor(following), TOKENIZER.n_vocab)
+        return self.sure * chosen
 
 
 NEXT = dict(zip("abcd.xy", "bc..xyx"))
@@ -672,11 +821,19 @@ NEXT = dict(zip("abcd.xy", "bc..xyx"))
 
 def tokens_of(letters):
     """A token a letter. A point ends an answer."""
-    return [END if letter == "." else TOKENIZER.encode(letter)[0] for letter in letters]
+    tokens = []
+    for letter in letters:
+        token = END if letter == "." else TOKENIZER.encode(letter)[0]
+        tokens.append(token)
+    return tokens
 
 
 def bits(mask):
-    return ["".join(str(int(bit)) for bit in row) for row in mask]
+    texts = []
+    for row in mask:
+        digits = [str(int(bit)) for bit in row]
+        texts.append("".join(digits))
+    return texts
 
 
 PROMPTS = [tokens_of("xa"), tokens_of("d"), tokens_of("yy")]
@@ -684,11 +841,12 @@ PROMPTS = [tokens_of("xa"), tokens_of("d"), tokens_of("yy")]
 
 def test_an_answer_by_hand():
     s = M.sample(Chain(), TOKENIZER, PROMPTS, max_new=4)
+    blank = M.special(TOKENIZER, M.PAD)
     assert s.texts == ["bc", "", "xyxy"]
     assert s.ended.tolist() == [True, True, False]
     assert bits(s.mask) == ["111110", "110000", "111111"]
     assert bits(s.answer) == ["001110", "010000", "001111"]
-    assert s.ids[0].tolist() == tokens_of("xabc.") + [M.special(TOKENIZER, M.PAD)]
+    assert s.ids[0].tolist() == tokens_of("xabc.") + [blank]
     assert (s.logps == 0).all()                                 # each was certain
 
 
@@ -696,8 +854,8 @@ def test_what_is_drawn_behind_an_end_has_no_log_prob():
     """One row in four has ended, so it is not dropped yet, and goes on behind its end."""
     chain = Chain()
     chain.sure = 3.0
-    s = M.sample(chain, TOKENIZER, [tokens_of("d")] + 3 * [tokens_of("yy")], max_new=4,
-                 temperature=0)
+    prompts = [tokens_of("d")] + 3 * [tokens_of("yy")]
+    s = M.sample(chain, TOKENIZER, prompts, max_new=4, temperature=0)
     assert bits(s.answer)[:2] == ["010000", "001111"]
     assert ((s.logps < 0) == s.answer).all()
 
@@ -709,21 +867,28 @@ def test_answers_come_prompt_by_prompt_however_they_are_batched(batch):
 
 
 @pytest.mark.parametrize("settings, want", [
-    ("0 1.0", "50 0 30 15 5"), ("2 1.0", "62.5 0 37.5 0 0"), ("1 1.0", "100 0 0 0 0"),
-    ("0 0.8", "62.5 0 37.5 0 0"), ("0 0.81", "52.6 0 31.6 15.8 0"), ("0 0.01", "100 0 0 0 0")])
+    ("0 1.0", "50 0 30 15 5"),
+    ("2 1.0", "62.5 0 37.5 0 0"),
+    ("1 1.0", "100 0 0 0 0"),
+    ("0 0.8", "62.5 0 37.5 0 0"),
+    ("0 0.81", "52.6 0 31.6 15.8 0"),
+    ("0 0.01", "100 0 0 0 0")])
 def test_draw_follows_the_probabilities_within_top_k_and_top_p(settings, want):
     top_k, top_p = settings.split()
-    p = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05]).expand(20000, 5)
-    tokens = M.draw(p, int(top_k), float(top_p), torch.Generator().manual_seed(0))
-    shares = torch.bincount(tokens, minlength=5) / 200
-    near(shares, [float(share) for share in want.split()], 1.5)
+    p = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
+    generator = torch.Generator().manual_seed(0)
+    tokens = M.draw(p.expand(20000, 5), int(top_k), float(top_p), generator)
+    shares = torch.bincount(tokens, minlength=5) / 200          # (5,), in percent
+    percents = [float(share) for share in want.split()]
+    near(shares, percents, 1.5)
     assert shares[1] == 0
 
 
 def test_respond_asks_each_conversation(monkeypatch):
     samples = Watch(monkeypatch, M, "sample")
     texts = M.respond(tiny_model(), TOKENIZER, [user("hi"), user("ho")], max_new=9)
-    asked = [TOKENIZER.decode(prompt) for prompt in samples.calls[0][2]]
+    prompts = samples.calls[0][2]
+    asked = [TOKENIZER.decode(prompt) for prompt in prompts]
     want = "<|im_start|>user\n%s<|im_end|>\n<|im_start|>assistant\n"
     assert asked == [want % "hi", want % "ho"]
     assert texts == samples.results[0].texts
@@ -735,9 +900,11 @@ def test_respond_asks_each_conversation(monkeypatch):
 def test_sft_loss_is_the_docstrings_example():
     """An answer to which the model gives 0.5, 0.25 and 0.8."""
     p = torch.tensor([0.5, 0.25, 0.8])
-    logits = torch.stack([p, 1 - p], dim=1).log()               # (3, V = 2)
-    logps = sft.target_logps(logits, torch.tensor([0, 0, 0]))
-    near(sft.sft_loss(logps, count=3), 0.768, 5e-4)
+    chances = torch.stack([p, 1 - p], dim=1)                    # (3, V = 2)
+    targets = torch.tensor([0, 0, 0])
+    logps = sft.target_logps(chances.log(), targets)
+    loss = sft.sft_loss(logps, count=3)
+    near(loss, 0.768, 5e-4)
     assert "0.768" in sft.__doc__
 
 
@@ -757,28 +924,36 @@ ALL_ONES = M.Example(SHORT.ids, [1] * len(SHORT.ids))           # a mask that le
 @pytest.mark.parametrize("examples", [[SHORT, LONG], [ALL_ONES, LONG]])
 def test_shift_and_loss_are_the_equation(examples):
     model = tiny_model()
+    count = sft.tokens_in(examples)
     logits, targets = sft.logits_and_targets(model, examples, TOKENIZER)
-    loss = sft.sft_loss(sft.target_logps(logits, targets), sft.tokens_in(examples))
-    near(loss, sft_loss_by_hand(model, examples))
-    assert len(logits) == len(targets) == sft.tokens_in(examples)
+    logps = sft.target_logps(logits, targets)
+    got = sft.sft_loss(logps, count)
+    want = sft_loss_by_hand(model, examples)
+    near(got, want)
+    assert len(logits) == count
+    assert len(targets) == count
 
 
 # data
 
 def to_examples(*conversations, context=256, **settings):
+    config = sft.Config(quiet=True, **settings)
     lines = []
     for i, messages in enumerate(conversations, start=1):
-        lines.append(rows.Conversation(messages, {}, f"mine.jsonl:{i}"))
-    return sft.to_examples(lines, TOKENIZER, context, sft.Config(quiet=True, **settings))
+        line = rows.Conversation(messages, {}, f"mine.jsonl:{i}")
+        lines.append(line)
+    return sft.to_examples(lines, TOKENIZER, context, config)
 
 
-LONG_CHAT = CHAT + user("and?") + [{"role": "assistant", "content": "Well. " * 20}]
+SAID_MORE = {"role": "assistant", "content": "Well. " * 20}
+LONG_CHAT = CHAT + user("and?") + [SAID_MORE]
 
 
 def test_all_that_the_assistant_says_is_trained_on_with_its_ends():
     (ids, answer), = to_examples(LONG_CHAT)
     trained = [token for token, m in zip(ids, answer) if m == 1]
-    assert TOKENIZER.decode(trained) == f"the 12<|im_end|>{'Well. ' * 20}<|im_end|>"
+    text = TOKENIZER.decode(trained)
+    assert text == f"the 12<|im_end|>{'Well. ' * 20}<|im_end|>"
 
 
 def test_cut_keeps_the_beginning_of_a_long_row():
@@ -795,13 +970,16 @@ def test_what_does_not_fit_is_an_error(context, cut, complaint):
 
 
 @pytest.mark.parametrize("lines, complaint", [
-    ([], "no rows"), (["", {"prompt": "a", "completion": "b"}, "{oops"], ":3"),
-    ([{"prompt": "hi"}], ":1"), ([{"prompt": "hi", "completion": "b"}], "at least 2")])
+    ([], "no rows"),
+    (["", {"prompt": "a", "completion": "b"}, "{oops"], ":3"),
+    ([{"prompt": "hi"}], ":1"),
+    ([{"prompt": "hi", "completion": "b"}], "at least 2")])
 def test_bad_data_is_named_and_nothing_is_written(lines, complaint, home, tmp_path):
     data = write_lines(tmp_path / "mine.jsonl", lines)
     with pytest.raises(M.UserError, match=complaint):
         train("sft", home, data=data, out=f"{tmp_path}/out", save=True)
-    assert not list(tmp_path.glob("out/*"))
+    written = list(tmp_path.glob("out/*"))
+    assert written == []
 
 
 # the loop
@@ -813,11 +991,14 @@ def test_two_steps_of_sft_by_hand(accumulate, home, monkeypatch):
     run, seen = updates_of("sft", home, monkeypatch, steps=2, lr=1.0, accumulate=accumulate)
     model, _ = C.load(home / "init")
     for i in range(2):
+        told = run["log"][i]
         batch = cuts.calls[i][0]
         loss = sft_loss_by_hand(model, batch)
-        assert close(seen[i], step_by_hand(model, loss, lr=0.1 * (i + 1)), 1e-4)
-        near(run["log"][i]["loss"], loss, 1e-4)
-        assert run["log"][i]["targets"] == sft.tokens_in(batch)
+        lr = 0.1 * (i + 1)                                      # it rises for ten steps
+        found = step_by_hand(model, loss, lr)
+        assert close(seen[i], found, 1e-4)
+        near(told["loss"], loss, 1e-4)
+        assert told["targets"] == sft.tokens_in(batch)
     assert close(weights(run["model"]), weights(model), 1e-5)
 
 
@@ -827,43 +1008,62 @@ def test_held_out_rows_have_a_loss_and_are_not_learned(home, monkeypatch):
     run = train("sft", home)
     examples = streams.calls[0][0]
     held = evaluated.calls[0][1]
-    assert len(examples) == 36 and len(held) == 12
-    assert not any(one in examples for one in held)
+    assert len(examples) == 36
+    assert len(held) == 12
+    for one in held:
+        assert one not in examples
     start, _ = C.load(home / "init")
-    near(run["before"]["held_out"], sft_loss_by_hand(start, held), 1e-4)
-    near(run["after"]["held_out"], sft_loss_by_hand(run["model"], held), 1e-4)
+    before = sft_loss_by_hand(start, held)
+    after = sft_loss_by_hand(run["model"], held)
+    near(run["before"]["held_out"], before, 1e-4)
+    near(run["after"]["held_out"], after, 1e-4)
 
 
 def test_sft_holds_out_no_prompt_that_it_learns_from(home, monkeypatch, tmp_path):
-    lines = [{"prompt": f"Ask {i % 7}", "completion": f"{i}."} for i in range(21)]
+    lines = []
+    for i in range(21):
+        lines.append({"prompt": f"Ask {i % 7}", "completion": f"{i}."})
+    data = write_lines(tmp_path / "asks.jsonl", lines)
     streams = Watch(monkeypatch, sft, "batches")
     evaluated = Watch(monkeypatch, sft, "evaluate")
-    train("sft", home, data=write_lines(tmp_path / "asks.jsonl", lines))
-    learned = [TOKENIZER.decode(example.ids) for example in streams.calls[0][0]]
-    held = [TOKENIZER.decode(example.ids) for example in evaluated.calls[0][1]]
-    assert len(learned) == 15 and len(held) == 6
-    for asked in ["Ask 0", "Ask 4"]:
-        assert sum(asked in text for text in held) == 3
-        assert not any(asked in text for text in learned)
+    train("sft", home, data=data)
+    examples = streams.calls[0][0]
+    held_examples = evaluated.calls[0][1]
+    learned = [TOKENIZER.decode(one.ids) for one in examples]
+    held = [TOKENIZER.decode(one.ids) for one in held_examples]
+    assert len(learned) == 15
+    assert len(held) == 6
+    for asked in "Ask 0", "Ask 4":
+        found = [text for text in held if asked in text]
+        assert len(found) == 3
+        for text in learned:
+            assert asked not in text
 
 
 @pytest.mark.parametrize("change", [dict(steps=4), dict(batch=5), dict(lr=1e-2), dict(lora=2),
                                     dict(seed=1)], ids=str)
 def test_every_setting_of_sft_changes_something(change, home):
-    assert not same(learned("sft", home), learned("sft", home, **change))
+    before = learned("sft", home)
+    after = learned("sft", home, **change)
+    assert not same(before, after)
 
 
 @pytest.mark.parametrize("lora, lr, used", [(0, None, 1.7e-3), (2, None, 1e-2), (0, 0.0, 0.0)])
 def test_the_learning_rate_fits_what_learns_and_0_is_0(lora, lr, used, home):
-    assert train("sft", home, steps=1, lora=lora, lr=lr)["config"]["lr"] == used
+    run = train("sft", home, steps=1, lora=lora, lr=lr)
+    config = run["config"]
+    assert config["lr"] == used
 
 
 # runs
 
 def test_sft_learns(home):
     run = train("sft", home, steps=25, lr=1e-2)
-    assert run["after"]["held_out"] < 0.6 * run["before"]["held_out"]
-    assert run["stage"] == "sft" and run["passed"]
+    before = run["before"]["held_out"]
+    after = run["after"]["held_out"]
+    assert after < 0.6 * before
+    assert run["stage"] == "sft"
+    assert run["passed"]
 
 
 def test_the_exam_is_for_the_worlds_own_demonstrations(home, monkeypatch):
@@ -884,20 +1084,27 @@ def test_the_exam_is_for_the_worlds_own_demonstrations(home, monkeypatch):
 def test_the_table_shows_targets_below_their_tokens(capsys):
     sft.show_example(tiny_model(), SHORT, TOKENIZER, sft.Config(), before=15)
     cells = {"token": [], "target": [], "m": [], "pi": [], "L": []}
-    for line in capsys.readouterr().out.splitlines():
+    printed = capsys.readouterr().out
+    for line in printed.splitlines():
         name, *words = line.split()
         cells[name] += words
-    assert cells["target"][:-1] == cells["token"][1:]
-    trained = [target for target, m in zip(cells["target"], cells["m"]) if m == "1"]
-    assert "".join(trained) == "Yes.<|im_end|>"
+    targets = cells["target"]
+    assert targets[:-1] == cells["token"][1:]
+    trained = ""
+    for target, m in zip(targets, cells["m"]):
+        if m == "1":
+            trained += target
+    assert trained == "Yes.<|im_end|>"
 
 
 @slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_sft_shows_what_it_should(seed, tmp_path):
     """What later stages count on: it answers, gives in to attacks, and is weak at sums."""
-    run = sft.train(sft.Config(out=f"{tmp_path}/sft", seed=seed))
-    before, after = run["before"], run["after"]
+    config = sft.Config(out=f"{tmp_path}/sft", seed=seed)
+    run = sft.train(config)
+    before = run["before"]
+    after = run["after"]
     assert after["gold"] > before["gold"] + 0.1
     assert after["ended"] > 0.95
     assert after["attack_seen"] > after["attack_none"] + 0.1
@@ -909,8 +1116,11 @@ def test_sft_shows_the_shortest_row_that_it_learns(home, monkeypatch):
     stream = Watch(monkeypatch, sft, "batches")
     train("sft", home)
     learned = stream.calls[0][0]
-    assert all(call[1] in learned for call in shown.calls)
-    assert len(shown.calls[0][1].ids) == min(len(example.ids) for example in learned)
+    shown_examples = [call[1] for call in shown.calls]
+    for one in shown_examples:
+        assert one in learned
+    shortest = min(len(one.ids) for one in learned)
+    assert len(shown_examples[0].ids) == shortest
 
 
 # ---------------------------------------------------------------- reward_model.py
