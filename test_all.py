@@ -1147,9 +1147,12 @@ def randoms(*shape):
 
 
 def test_bradley_terry_is_the_papers_formula():
-    (w, l, m), tensors = randoms(3, 7)
-    want = -np.log(sigmoid(w - l - m)) + 0.3 * (w + l) ** 2
-    near(R.bradley_terry_loss(*tensors, center=0.3), want)
+    numbers, tensors = randoms(3, 7)
+    w, l, m = numbers
+    chance = sigmoid(w - l - m)
+    centering = 0.3 * (w + l) ** 2
+    loss = R.bradley_terry_loss(*tensors, center=0.3)
+    near(loss, -np.log(chance) + centering)
 
 
 def test_plackett_luce_is_a_product_of_choices():
@@ -1163,22 +1166,29 @@ def test_plackett_luce_is_a_product_of_choices():
 
 
 def test_plackett_luce_does_not_overflow():
-    near(R.plackett_luce_loss(torch.tensor([[500.0, 0.0, -500.0]])), [0])
+    r = torch.tensor([[500.0, 0.0, -500.0]])
+    near(R.plackett_luce_loss(r), [0])
 
 
 def test_outcome_loss_is_the_cross_entropy_of_a_coin():
     r, tensor = randoms(5)
     z = np.array([0, 1, 0.8, 0.5, 0.1])
-    want = -z * np.log(sigmoid(r)) - (1 - z) * np.log(sigmoid(-r))
-    near(R.outcome_loss(tensor, torch.tensor(z)), want)
+    log_yes = np.log(sigmoid(r))
+    log_no = np.log(sigmoid(-r))
+    want = -z * log_yes - (1 - z) * log_no
+    loss = R.outcome_loss(tensor, torch.tensor(z))
+    near(loss, want)
 
 
 def test_three_heads_combine_to_the_log_of_a_product():
     r, tensor = randoms(6, 2, 3)
-    product = sigmoid(r).prod(-1)
+    chances = sigmoid(r)                                        # (6, 2, 3)
+    product = chances.prod(-1)
     near(R.overall(tensor), np.log(product))
     helpful = torch.tensor([1, 0, 0])                           # weights
-    near(R.combine(tensor, helpful), np.log(sigmoid(r[..., 0])))
+    first = chances[..., 0]
+    combined = R.combine(tensor, helpful)
+    near(combined, np.log(first))
 
 
 def test_one_head_is_what_it_is():
@@ -1188,10 +1198,14 @@ def test_one_head_is_what_it_is():
 
 def test_calibration_error_by_hand():
     p = torch.tensor([0.62, 0.68, 0.91, 0.95])                  # bins 0.6-0.7 and 0.9-1
-    error, table = R.calibration_error(p, torch.tensor([1, 0, 1, 1]))
-    near(table, [[2, 0.65, 0.5], [2, 0.93, 1]])
+    right = torch.tensor([1, 0, 1, 1])
+    error, table = R.calibration_error(p, right)
+    low_bin = [2, 0.65, 0.5]
+    high_bin = [2, 0.93, 1]
+    near(table, [low_bin, high_bin])
     near(error, (0.15 + 0.07) / 2)
-    certain, _ = R.calibration_error(torch.ones(3), torch.ones(3))
+    ones = torch.ones(3)
+    certain, _ = R.calibration_error(ones, ones)
     assert certain == 0
 
 
@@ -1210,7 +1224,8 @@ def comparison(prompt, answers, row={}):
 def test_a_line_becomes_a_comparison(home):
     some, _ = read_comparisons(home, data=f"{home}/rankings.jsonl")
     for one in some:
-        want = comparison(one.row["prompt"], one.row["responses"], one.row)
+        row = one.row
+        want = comparison(row["prompt"], row["responses"], row)
         assert one == want._replace(where=one.where)
 
 
@@ -1220,30 +1235,36 @@ def test_a_prompt_is_on_one_side_in_every_file(home, tmp_path):
     for answer in "a", "b":
         lines = []
         for i in range(120):
-            line = {"prompt": f"What is {i % 40}?", "chosen": f"{answer} {i}", "rejected": "no"}
+            prompt = f"What is {i % 40}?"
+            line = {"prompt": prompt, "chosen": f"{answer} {i}", "rejected": "no"}
             lines.append(line)
         data = write_lines(tmp_path / "d.jsonl", lines)
         some, held = read_comparisons(home, data=data)
         assert len(some) + len(held) == 120
-        sides.append({one.row["prompt"] for one in held})
-        assert not sides[-1] & {one.row["prompt"] for one in some}
+        learned = {one.row["prompt"] for one in some}
+        kept = {one.row["prompt"] for one in held}
+        assert not kept & learned
+        sides.append(kept)
     assert sides[0] == sides[1]
 
 
 PAIR = {"prompt": "x", "chosen": "a", "rejected": "b"}
 TOO_LONG = {"prompt": "x", "chosen": "a " * 300, "rejected": "b"}
-BAD_MARKS = PAIR | {"marks": [{"helpful": 1, "harmless": "?", "honest": 1}] * 2}
+UNSURE = {"helpful": 1, "harmless": "?", "honest": 1}
+BAD_MARKS = PAIR | {"marks": [UNSURE] * 2}
 NO_MARKS = [PAIR | {"prompt": str(i)} for i in range(30)]
 THREE = {"prompt": "y", "responses": ["a", "b", "c"]}
 
 
 @pytest.mark.parametrize("kind, lines, want", [
-    ("nothing", [PAIR], "choose one of pairs"), ("pairs", [], "no rows"),
+    ("nothing", [PAIR], "choose one of pairs"),
+    ("pairs", [], "no rows"),
     ("pairs", [PAIR, "", {"prompt": "x", "chosen": "a"}], ":3: .*rejected"),
     ("pairs", [TOO_LONG], ":1: longer than the model's 256 tokens"),
     ("pairs", [PAIR], "too few prompts to hold out"),
     ("ranked", [PAIR, THREE], ":2: want 2 answers"),
-    ("multi", [BAD_MARKS], ":1: .*marks"), ("multi", NO_MARKS, ':[0-9]+: "marks" is missing')])
+    ("multi", [BAD_MARKS], ":1: .*marks"),
+    ("multi", NO_MARKS, ':[0-9]+: "marks" is missing')])
 def test_bad_comparisons_are_named_in_one_line(kind, lines, want, home, tmp_path):
     data = write_lines(tmp_path / "bad.jsonl", lines)
     with pytest.raises(M.UserError, match=want) as error:
@@ -1252,16 +1273,19 @@ def test_bad_comparisons_are_named_in_one_line(kind, lines, want, home, tmp_path
 
 
 def test_drop_leaves_out_what_is_too_long(home, tmp_path):
-    data = write_lines(tmp_path / "long.jsonl", [*NO_MARKS, TOO_LONG])
+    lines = NO_MARKS + [TOO_LONG]
+    data = write_lines(tmp_path / "long.jsonl", lines)
     some, held = read_comparisons(home, data=data, drop=True)
-    assert len(some) + len(held) == len(NO_MARKS)
+    left = len(some) + len(held)
+    assert left == len(NO_MARKS)
 
 
 # score and loss
 
 def score_alone(judge, answer):
     """The number at the last token of an answer that is alone in its batch."""
-    return judge(torch.tensor([answer.ids]))[0, -1]             # (1, T) -> ()
+    row = torch.tensor([answer.ids])                            # (1, T)
+    return judge(row)[0, -1]
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -1269,24 +1293,30 @@ def test_answers_are_read_at_their_end_and_come_back_in_order(k):
     judge = tiny_judge(k=k)
     many = []
     for i in range(70):
-        many.append(comparison("Hi", ["a " * (7 * i % 11) + "end.", "No."]))
+        better = "a " * (7 * i % 11) + "end."
+        many.append(comparison("Hi", [better, "No."]))
     r = R.all_scores(judge, many, TOKENIZER)                    # (70, 2) or (70, 2, 3)
     for i in 0, 1, 35, 69:
         for j, answer in enumerate(many[i].examples):
-            near(r[i, j], score_alone(judge, answer), 1e-4)
+            alone = score_alone(judge, answer)
+            near(r[i, j], alone, 1e-4)
 
 
 def test_pairs_loss_is_instructgpts_mean_over_all_duels():
     """Equation 1: of all K (K - 1) / 2 pairs, with Llama 2's margin of each row."""
     r, tensor = randoms(2, 3)
-    batch, want = [], []
-    for row, m in zip(r, (1.5, 0.0)):
+    margins = [1.5, 0.0]
+    batch = []
+    want = []
+    for row, m in zip(r, margins):
         duels = []
         for better, worse in itertools.combinations(row, 2):
-            duels.append(-np.log(sigmoid(better - worse - m)))
+            chance = sigmoid(better - worse - m)
+            duels.append(-np.log(chance))
         want.append(np.mean(duels))
         batch.append(comparison("Hi", ["a", "b", "c"], {"margin": m}))
-    near(R.pairs_loss(tensor, batch, 0.0), want)
+    loss = R.pairs_loss(tensor, batch, 0.0)
+    near(loss, want)
 
 
 def marked(*marks):
@@ -1297,32 +1327,44 @@ def marked(*marks):
 
 @pytest.mark.parametrize("honest", [0, 0.3])                    # whole numbers alone, or not
 def test_multi_loss_is_the_mean_over_answers_and_axes(honest):
-    z = [[1, 0, honest], [0, 1, 1]]
+    first = [1, 0, honest]
+    second = [0, 1, 1]
+    z = torch.tensor([first, second]).double()                  # (2, 3)
     _, r = randoms(1, 2, 3)
-    want = R.outcome_loss(r[0], torch.tensor(z).double()).mean()
-    near(R.multi_loss(r, [marked(*z)], 0.0), [want])
+    losses = R.outcome_loss(r[0], z)                            # (2, 3)
+    batch = [marked(first, second)]
+    loss = R.multi_loss(r, batch, 0.0)
+    near(loss, [losses.mean()])
 
 
 # the report
 
 def test_report_of_a_perfect_copy_of_the_annotators():
     """A judge that knows how they vote reaches their ceiling, is calibrated, and is no better."""
-    held, r = [], []
+    held = []
+    r = []
     for row in studybuddy.read("preferences")[:1000]:
         answers = [row["chosen"], row["rejected"]]
         held.append(R.Comparison([], answers, [], row, ""))
         for text in answers:
             gold = studybuddy.judge(row, text)["gold"]
-            r.append(studybuddy.KEEN * gold + studybuddy.VAIN * studybuddy.praise(text))
-    r = np.reshape(r, (-1, 2))
-    lots = 1e-4 * np.random.default_rng(0).random(r.shape)      # for ties
-    card = R.report(torch.tensor(r + lots), held)
-    near(card["ceiling"], sigmoid(abs(r[:, 0] - r[:, 1])).mean())
+            keen = studybuddy.KEEN * gold
+            vain = studybuddy.VAIN * studybuddy.praise(text)
+            r.append(keen + vain)
+    r = np.reshape(r, (-1, 2))                                  # (1000, 2)
+    generator = np.random.default_rng(0)
+    lots = 1e-4 * generator.random(r.shape)                     # for ties
+    scores = torch.tensor(r + lots)
+    card = R.report(scores, held)
+    lead = abs(r[:, 0] - r[:, 1])                               # (1000,)
+    likelier_wins = sigmoid(lead)
+    near(card["ceiling"], likelier_wins.mean())
     near(card["of_ceiling"], 1, 0.06)
     assert card["calibration"] < 0.1
-    assert 0.8 < card["gold_order"] < 1
-    upside_down = R.report(-torch.tensor(r + lots), held)
-    near(upside_down["gold_order"], 1 - card["gold_order"])
+    gold_order = card["gold_order"]
+    assert 0.8 < gold_order < 1
+    upside_down = R.report(-scores, held)
+    near(upside_down["gold_order"], 1 - gold_order)
 
 
 def test_marks_of_the_world_are_the_judges():
@@ -1336,30 +1378,43 @@ def test_marks_of_the_world_are_the_judges():
 
 
 def test_right_order_leaves_out_ties():
-    gold = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    right = [1.0, 0.0]
+    tie = [0.5, 0.5]
+    wrong = [0.0, 1.0]
+    gold = torch.tensor([right, tie, wrong])
     r = torch.tensor([2.0, 1.0]).expand(3, 2)
     assert R.right_order(r, gold) == 0.5
 
 
 def test_flattered_answers_are_the_same_with_a_compliment():
-    vain = studybuddy.SAY["flattery"][0] + " It is 5."
-    plain = [comparison("Hi", [text, "No."]) for text in ("It is 4.", vain, "It is 6.")]
+    compliment = studybuddy.SAY["flattery"][0]
+    vain = compliment + " It is 5."
+    plain = []
+    for text in "It is 4.", vain, "It is 6.":
+        plain.append(comparison("Hi", [text, "No."]))
     probes = R.flattered(plain, TOKENIZER)
-    assert [probe.answers[1] for probe in probes] == ["It is 4.", "It is 6."]
+    unchanged = [probe.answers[1] for probe in probes]
+    assert unchanged == ["It is 4.", "It is 6."]
     for probe in probes:
         changed, text = probe.answers
-        assert studybuddy.praise(changed) == 1 and changed.endswith(" " + text)
+        assert studybuddy.praise(changed) == 1
+        assert changed.endswith(" " + text)
         assert probe.examples == [example("Hi", changed), example("Hi", text)]
 
 
 def test_heads_are_reported_on_their_own_axes(monkeypatch):
     """The first two say what the marks are, and the third is upside down."""
-    held = [marked([0.2, 0.9, 0], [0.5, 0.5, 1]), marked([0.8, 0.1, 1], [0.5, 0.5, 0])]
-    r = torch.tensor([R.marks(one) for one in held])            # (2, 2, 3)
+    first = marked([0.2, 0.9, 0], [0.5, 0.5, 1])
+    second = marked([0.8, 0.1, 1], [0.5, 0.5, 0])
+    held = [first, second]
+    marks = [R.marks(one) for one in held]
+    r = torch.tensor(marks)                                     # (2, 2, 3)
     r[..., 2] *= -1
     monkeypatch.setattr(R, "all_scores", lambda *args: r)
-    card = R.evaluate(None, held, None, R.Config(kind="multi"))
-    assert [card[axis] for axis in rows.AXES] == [1, 1, 0]
+    config = R.Config(kind="multi")
+    card = R.evaluate(None, held, None, config)
+    accuracies = [card[axis] for axis in rows.AXES]
+    assert accuracies == [1, 1, 0]
 
 
 # the loop
@@ -1368,17 +1423,25 @@ def test_heads_are_reported_on_their_own_axes(monkeypatch):
 def test_two_steps_of_the_reward_model_by_hand(center, accumulate, home, monkeypatch):
     """Those with a center have long gradients, which are clipped."""
     cuts = Watch(monkeypatch, R, "parts")
-    run, seen = updates_of("reward_model", home, monkeypatch, steps=2, lr=1.0, center=center,
-                           accumulate=accumulate)
+    numbers = dict(steps=2, lr=1.0, center=center, accumulate=accumulate)
+    run, seen = updates_of("reward_model", home, monkeypatch, **numbers)
     torch.manual_seed(0)
-    judge = M.ScalarModel(C.load(home / "init")[0])
+    start, _ = C.load(home / "init")
+    judge = M.ScalarModel(start)
     for i in range(2):
+        batch = cuts.calls[i][0]                                # 6 comparisons
         loss = 0.0
-        for one in cuts.calls[i][0]:                            # 6 comparisons
-            w, l = [score_alone(judge, answer) for answer in one.examples]
-            loss = loss - torch.sigmoid(w - l).log() / 6
-            loss = loss + center * (w + l) ** 2 / 6
-        assert close(seen[i], step_by_hand(judge, loss, lr=0.1 * (i + 1)), 1e-4)
+        for one in batch:
+            chosen, rejected = one.examples
+            w = score_alone(judge, chosen)
+            l = score_alone(judge, rejected)
+            chance = torch.sigmoid(w - l)
+            loss = loss - chance.log() / 6
+            centering = center * (w + l) ** 2
+            loss = loss + centering / 6
+        warm_up = (i + 1) / 10                                  # of an lr of 1
+        by_hand = step_by_hand(judge, loss, lr=warm_up)
+        assert close(seen[i], by_hand, 1e-4)
         near(run["log"][i]["loss"], loss, 1e-4)
     assert close(weights(run["model"]), weights(judge), 1e-5)
 
@@ -1398,9 +1461,10 @@ def test_the_reward_model_shows_one_comparison_before_and_after(home, monkeypatc
     shown = Watch(monkeypatch, R, "show_comparison")
     stream = Watch(monkeypatch, R, "batches")
     run = train("reward_model", home)
+    learned = stream.calls[0][0]
     before, after = shown.calls
     assert before[0] is after[0] is run["model"]
-    assert before[1] is after[1] is stream.calls[0][0][0]
+    assert before[1] is after[1] is learned[0]
 
 
 @pytest.mark.parametrize("change", [
@@ -1409,36 +1473,49 @@ def test_the_reward_model_shows_one_comparison_before_and_after(home, monkeypatc
 def test_every_setting_of_the_reward_model_changes_something(change, home):
     data = f"{home}/rankings.jsonl"         # of two answers, pairs and ranked have the same loss
     plain = learned("reward_model", home, data=data)
-    assert not same(plain, learned("reward_model", home, data=data, **change))
+    changed = learned("reward_model", home, data=data, **change)
+    assert not same(plain, changed)
 
 
 # runs
 
-@pytest.mark.parametrize("kind, center", [("pairs", 0.0), ("ranked", 0.0), ("ranked", 0.1),
-                                          ("multi", 0.0)])
+@pytest.mark.parametrize("kind, center", [
+    ("pairs", 0.0),
+    ("ranked", 0.0),
+    ("ranked", 0.1),
+    ("multi", 0.0)])
 def test_a_run_of_every_kind_learns_and_an_average_winner_scores_0(kind, center, home, tmp_path):
-    lines = studybuddy.read(Path(R.KINDS[kind].data).stem)[:40]
+    entry = R.KINDS[kind]
+    name = Path(entry.data).stem
+    lines = studybuddy.read(name)[:40]
     data = write_lines(tmp_path / "world.jsonl", lines)
-    run = train("reward_model", home, kind=kind, center=center, data=data, batch=32, save=True)
+    settings = dict(kind=kind, center=center, data=data, batch=32)
+    run = train("reward_model", home, save=True, **settings)
     judge, _ = C.load_scalar(home / "reward_model")
-    assert run["log"][-1]["loss"] < run["log"][0]["loss"]
-    assert len(judge.mean) == R.KINDS[kind].heads
+    losses = [row["loss"] for row in run["log"]]
+    assert losses[-1] < losses[0]
+    assert len(judge.mean) == entry.heads
     if kind != "multi":
         _, held = read_comparisons(home, data=data)
-        near(R.all_scores(judge, held, TOKENIZER)[:, 0].mean(), 0)
+        r = R.all_scores(judge, held, TOKENIZER)                # (N, K)
+        winners = r[:, 0]
+        near(winners.mean(), 0)
 
 
 def test_none_means_the_tables_number_and_0_means_0(home):
-    for lr, used in (None, R.KINDS["pairs"].lr), (0.0, 0.0):
+    usual = R.KINDS["pairs"].lr
+    for lr, used in (None, usual), (0.0, 0.0):
         run = train("reward_model", home, steps=1, lr=lr)
         assert run["config"]["lr"] == used
 
 
 def test_own_data_has_own_numbers(home):
     run = train("reward_model", home, steps=20, lr=1e-2)
-    assert set(run["after"]) == {"loss", "accuracy", "calibration"}
-    assert run["after"]["accuracy"] == 1
-    assert run["stage"] == "reward_model" and run["passed"]
+    after = run["after"]
+    assert set(after) == {"loss", "accuracy", "calibration"}
+    assert after["accuracy"] == 1
+    assert run["stage"] == "reward_model"
+    assert run["passed"]
 
 
 # ---- what the tests of the last four scripts share
@@ -1461,13 +1538,18 @@ def log_ratio_alone(policy, reference, example):
 
 def unpadded(samples, i):
     """-> a row's ids (T,), and which of them are its answer (T,)"""
-    return samples.ids[i][samples.mask[i]], samples.answer[i][samples.mask[i]]
+    real = samples.mask[i]
+    ids = samples.ids[i][real]
+    answer = samples.answer[i][real]
+    return ids, answer
 
 
 def samples_of(texts, ended=None):
     """What was sampled, as text alone."""
-    ended = torch.tensor(ended or [True] * len(texts))
-    return M.Samples(torch.zeros(len(texts), 1), None, None, None, ended, texts)
+    if ended is None:
+        ended = [True] * len(texts)
+    ids = torch.zeros(len(texts), 1)
+    return M.Samples(ids, None, None, None, torch.tensor(ended), texts)
 
 
 def ragged(B=7, T=11):
@@ -1488,6 +1570,11 @@ def noise(answer, seed, elsewhere=math.nan):
     return numbers.where(answer, elsewhere)
 
 
+def zero_elsewhere(table, answer):
+    """Is there a 0 wherever no answer is? (B, T) each"""
+    return (table[~answer] == 0).all()
+
+
 def first_rows(rows, lengths, size, generator):
     """In place of house.batches: every batch is the first `size` rows."""
     while True:
@@ -1502,9 +1589,10 @@ def test_ppo_worked_example_of_the_docstring():
     everywhere = torch.ones(1, 3).bool()
     A, returns = ppo.gae(rewards, values, everywhere, gamma=1.0, lam=0.95)
     near(A, [[0.4705, 0.39, 0.2]])
-    text = " ".join(ppo.__doc__.split())
-    for words in ("delta = 0.1 0.2 0.2", "A_3 = 0.2,", "0.95 A_3 = 0.39", "A_2 = 0.47"):
-        assert words in text
+    words = ppo.__doc__.split()
+    text = " ".join(words)
+    for numbers in "delta = 0.1 0.2 0.2", "A_3 = 0.2,", "0.95 A_3 = 0.39", "A_2 = 0.47":
+        assert numbers in text
 
 
 # the maths
@@ -1529,19 +1617,24 @@ def test_gae_is_the_double_sum(gamma, lam):
     values = noise(answer, 2)
     advantages, returns = ppo.gae(rewards, values, answer, gamma, lam)
     for i, at in enumerate(answer):
+        r = rewards[i, at].tolist()
         V = values[i, at].tolist()
-        want = gae_by_hand(rewards[i, at].tolist(), V, gamma, lam)
+        want = gae_by_hand(r, V, gamma, lam)
+        want_returns = np.add(want, V)
         near(advantages[i, at], want)
-        near(returns[i, at], np.add(want, V))
-    assert (advantages[~answer] == 0).all()
-    assert (returns[~answer] == 0).all()
+        near(returns[i, at], want_returns)
+    assert zero_elsewhere(advantages, answer)
+    assert zero_elsewhere(returns, answer)
 
 
 def five_outcomes():
     """Summed over: no sampling, no noise. -> logits theta, log pi, log ref, (5,) each"""
-    logits = noise(torch.ones(2, 5).bool(), 0)
+    everywhere = torch.ones(2, 5).bool()
+    logits = noise(everywhere, 0)                               # (2, 5)
     theta = logits[0].clone().requires_grad_()
-    return theta, theta.log_softmax(0), logits[1].log_softmax(0)
+    pi = theta.log_softmax(0)
+    ref = logits[1].log_softmax(0)
+    return theta, pi, ref
 
 
 def mean_under(logps, x):
@@ -1556,18 +1649,26 @@ def kl_of(logps, others):
 @pytest.mark.parametrize("k, right", [(0, True), (1, False), (2, True)])
 def test_k1_and_k3_are_right_on_average_and_k2_is_not(k, right):
     theta, pi, ref = five_outcomes()
-    mean = mean_under(pi, ppo.kl_estimates(pi, ref)[k])
-    assert torch.isclose(mean, kl_of(pi, ref), rtol=1e-3) == right
+    estimate = ppo.kl_estimates(pi, ref)[k]
+    mean = mean_under(pi, estimate)
+    kl = kl_of(pi, ref)
+    assert torch.isclose(mean, kl, rtol=1e-3) == right
 
 
 def test_as_losses_k1_teaches_nothing_k2_the_kl_and_k3_the_other_and_as_a_reward_k1_does():
     theta, pi, ref = five_outcomes()
     k1, k2, k3 = ppo.kl_estimates(pi, ref)
     reinforce = k1.detach() * pi                                # of the reward - k1
-    wanted = [0 * theta.sum(), kl_of(pi, ref), kl_of(ref, pi), kl_of(pi, ref)]
-    for loss, want in zip([k1, k2, k3, reinforce], wanted):
-        got = torch.autograd.grad(mean_under(pi, loss), theta, retain_graph=True)[0]
-        near(got, torch.autograd.grad(want, theta, retain_graph=True)[0], 1e-9)
+    losses = [k1, k2, k3, reinforce]
+    nothing = 0 * theta.sum()
+    kl = kl_of(pi, ref)
+    other_kl = kl_of(ref, pi)
+    wanted = [nothing, kl, other_kl, kl]
+    for loss, want in zip(losses, wanted):
+        mean = mean_under(pi, loss)
+        gradient = torch.autograd.grad(mean, theta, retain_graph=True)[0]
+        want_gradient = torch.autograd.grad(want, theta, retain_graph=True)[0]
+        near(gradient, want_gradient, 1e-9)
 
 
 def test_k1_is_sometimes_below_0_and_k3_is_0_only_where_nothing_moved():
@@ -1584,31 +1685,46 @@ def test_k3_has_less_noise_than_k1_near_the_reference():
     k1, k2, k3 = ppo.kl_estimates(pi, near_pi)
     kl = kl_of(pi, near_pi)
     noise_of_k1 = mean_under(pi, (k1 - kl) ** 2)
-    assert mean_under(pi, (k3 - kl) ** 2) < noise_of_k1
+    noise_of_k3 = mean_under(pi, (k3 - kl) ** 2)
+    assert noise_of_k3 < noise_of_k1
 
 
 def test_the_score_is_paid_at_the_end_and_the_kl_at_every_token():
-    answer = torch.tensor([[0, 1, 1, 1, 0], [0, 0, 1, 0, 0]]).bool()
-    logps = torch.full((2, 5), -1.0).where(answer, torch.nan)
+    three_tokens = [0, 1, 1, 1, 0]
+    one_token = [0, 0, 1, 0, 0]
+    answer = torch.tensor([three_tokens, one_token]).bool()
+    minus_1 = torch.full((2, 5), -1.0)
+    logps = minus_1.where(answer, torch.nan)
     ref_logps = torch.full((2, 5), -1.5)
-    rewards = ppo.token_rewards(torch.tensor([2.0, -3.0]), logps, ref_logps, answer, beta=0.1)
-    near(rewards, [[0, -0.05, -0.05, 1.95, 0], [0, 0, -3.05, 0, 0]])
+    scores = torch.tensor([2.0, -3.0])
+    rewards = ppo.token_rewards(scores, logps, ref_logps, answer, beta=0.1)
+    of_three = [0, -0.05, -0.05, 1.95, 0]
+    of_one = [0, 0, -3.05, 0, 0]
+    near(rewards, [of_three, of_one])
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.3])                  # 0: as before the first step
 def test_policy_loss_and_its_gradient_are_equation_7s(spread):
     answer = ragged(B=40)
     logps = noise(answer, 1).requires_grad_()
-    old_logps = logps.detach() - spread * noise(answer, 2)
+    now = logps.detach()
+    old_logps = now - spread * noise(answer, 2)
     advantages = noise(answer, 3)
     loss = ppo.policy_loss(logps, old_logps, advantages, answer, eps=0.2)
     gradient = torch.autograd.grad(loss, logps)[0]
     A = advantages[answer].numpy()                              # (N,)
-    rho = np.exp((logps.detach() - old_logps)[answer].numpy())
-    far = (A > 0) & (rho > 1.2) | (A < 0) & (rho < 0.8)         # it has moved far enough
-    near(loss, -np.minimum(rho * A, rho.clip(0.8, 1.2) * A).mean(), 1e-9)
-    near(gradient[answer], np.where(far, 0, -rho * A / len(A)), 1e-9)
-    assert (gradient[~answer] == 0).all()
+    moved = (now - old_logps)[answer]
+    rho = np.exp(moved.numpy())
+    far_up = (A > 0) & (rho > 1.2)
+    far_down = (A < 0) & (rho < 0.8)
+    far = far_up | far_down                                     # it has moved far enough
+    gain = rho * A
+    clipped_gain = rho.clip(0.8, 1.2) * A
+    objective = np.minimum(gain, clipped_gain).mean()
+    slope = np.where(far, 0, gain / len(A))                     # d rho / d logp = rho
+    near(loss, -objective, 1e-9)
+    near(gradient[answer], -slope, 1e-9)
+    assert zero_elsewhere(gradient, answer)
     assert 0 < far.mean() < 1 or spread == 0
 
 
@@ -1622,10 +1738,16 @@ def test_value_loss_and_its_gradient_are_numpys():
     V = values.detach()[answer].numpy()                         # (N,)
     V_old = old_values[answer].numpy()
     R = returns[answer].numpy()
-    clipped = V.clip(V_old - 0.2, V_old + 0.2)
-    far = (clipped - R) ** 2 > (V - R) ** 2                     # far enough towards R
-    near(loss, np.maximum((V - R) ** 2, (clipped - R) ** 2).mean() / 2, 1e-9)
-    near(gradient[answer], np.where(far, 0, (V - R) / len(V)), 1e-9)
+    lowest = V_old - 0.2
+    highest = V_old + 0.2
+    clipped = V.clip(lowest, highest)
+    miss = V - R
+    clipped_miss = clipped - R
+    far = clipped_miss ** 2 > miss ** 2                         # far enough towards R
+    larger = np.maximum(miss ** 2, clipped_miss ** 2)
+    slope = np.where(far, 0, miss / len(V))
+    near(loss, larger.mean() / 2, 1e-9)
+    near(gradient[answer], slope, 1e-9)
     assert 0 < far.mean() < 1
 
 
@@ -1634,22 +1756,32 @@ def test_whitening_sees_answers_alone():
     A = noise(answer, 1)
     white = ppo.whiten(A, answer)
     real = A[answer].numpy()
-    near(white[answer], (real - real.mean()) / real.std(), 1e-6)
-    assert (white[~answer] == 0).all()
-    assert (ppo.whiten(torch.ones(7, 11), answer) == 0).all(), "equal ones"
+    want = (real - real.mean()) / real.std()
+    near(white[answer], want, 1e-6)
+    assert zero_elsewhere(white, answer)
+    equal = torch.ones(7, 11)
+    white = ppo.whiten(equal, answer)
+    assert (white == 0).all(), "equal ones"
 
 
 def test_explained_variance_of_all_of_nothing_and_of_the_opposite():
     answer = ragged()
     R = noise(answer, 1)
+    threes = 0 * R + 3
     assert ppo.explained_variance(R, R, answer) == 1
-    near(ppo.explained_variance(0 * R + 3, R, answer), 0)
+    near(ppo.explained_variance(threes, R, answer), 0)
     near(ppo.explained_variance(-R, R, answer), -3)
 
 
-@pytest.mark.parametrize("kl, factor", [(4.4, 1.01), (3.6, 0.99), (100, 1.02), (0, 0.98), (4, 1)])
+@pytest.mark.parametrize("kl, factor", [
+    (4.4, 1.01),
+    (3.6, 0.99),
+    (100, 1.02),                                                # 2% at most
+    (0, 0.98),
+    (4, 1)])
 def test_beta_follows_the_kl(kl, factor):
-    near(ppo.adapt_beta(0.1, kl, target=4.0), 0.1 * factor)
+    beta = ppo.adapt_beta(0.1, kl, target=4.0)
+    near(beta, 0.1 * factor)
 
 
 def advantages_by_hand(rewards, values, config):
@@ -1659,17 +1791,23 @@ def advantages_by_hand(rewards, values, config):
     for i in range(len(rewards)):
         n = len(rewards[i])
         if config.algorithm == "reinforce":
-            advantages.append([earned[i] - np.mean(earned)] * n)
+            A = earned[i] - np.mean(earned)
+            advantages.append([A] * n)
         elif config.algorithm == "rloo":
             first = i - i % config.group
-            others = sum(earned[first:first + config.group]) - earned[i]
-            advantages.append([earned[i] - others / (config.group - 1)] * n)
+            group = earned[first:first + config.group]
+            others = sum(group) - earned[i]
+            A = earned[i] - others / (config.group - 1)
+            advantages.append([A] * n)
         else:
-            advantages.append(gae_by_hand(rewards[i], values[i], config.gamma, config.lam))
+            A = gae_by_hand(rewards[i], values[i], config.gamma, config.lam)
+            advantages.append(A)
     if config.algorithm == "ppo":
         tokens = np.concatenate(advantages)
+        mean = tokens.mean()
         deviation = np.sqrt(tokens.var() + 1e-8)
-        advantages = [(np.array(A) - tokens.mean()) / deviation for A in advantages]
+        for i, A in enumerate(advantages):
+            advantages[i] = (np.array(A) - mean) / deviation
     return advantages
 
 
@@ -1680,12 +1818,15 @@ def test_advantages_are_the_papers_and_0_where_no_answer_is(name):
     rewards = noise(answer, 1, 0.0)
     values = noise(answer, 2, 0.0)
     got, returns = ppo.advantages_of(rewards, values, answer, config)
-    lists = []
-    for table in (rewards, values):
-        lists.append([row[at].tolist() for row, at in zip(table, answer)])
-    near(got[answer], np.concatenate(advantages_by_hand(*lists, config)))
-    assert (got[~answer] == 0).all()
-    assert (returns[~answer] == 0).all()
+    earned = []
+    expected = []
+    for i, at in enumerate(answer):
+        earned.append(rewards[i, at].tolist())
+        expected.append(values[i, at].tolist())
+    want = advantages_by_hand(earned, expected, config)
+    near(got[answer], np.concatenate(want))
+    assert zero_elsewhere(got, answer)
+    assert zero_elsewhere(returns, answer)
 
 
 # data
@@ -1694,61 +1835,82 @@ def test_v_1_is_the_critic_at_column_2_as_in_the_drawing():
     ids = torch.arange(10, 24).view(2, 7)
     mask = torch.ones(2, 7).bool()
     mask[0, [0, 6]] = False
-    answer = mask & (torch.arange(7) >= 3)
+    column = torch.arange(7)
+    answer = mask & (column >= 3)
     critic = tiny_judge()
     values = ppo.state_values(critic, ids, mask, answer)
-    alone = critic(ids[:1, 1:6])[0]                             # (5,), at x_1 x_2 y_1 y_2 y_3
+    row = ids[:1, 1:6]                                          # (1, 5), x_1 x_2 y_1 y_2 y_3
+    alone = critic(row)[0]                                      # (5,)
     near(values[0, 3:6], alone[1:4], 1e-4)
-    assert (values[~answer] == 0).all()
+    assert zero_elsewhere(values, answer)
 
 
 def test_the_reward_model_is_read_at_the_end_token():
     judge = tiny_judge()
     prompts = [user("Hi"), user("What is 3 + 4?"), user("And is it true that 7 is more than 11?")]
     texts = ["", "First 3 + 4 = 7. It is 7.", "A<|im_end|>b"]
-    scores = ppo.score_by(judge, TOKENIZER)(prompts, texts)
+    score = ppo.score_by(judge, TOKENIZER)
+    scores = score(prompts, texts)
+    w = judge.score.weight[0]                                   # (C,)
     for i in range(3):
         ids = M.render_answer(TOKENIZER, prompts[i], texts[i]).ids      # without padding
         assert ids[-1] == END
-        hidden = judge.transformer.hidden(torch.tensor([ids]))[0, -1]   # (C,)
-        near(scores[i], judge.score.weight[0].dot(hidden) - 0.3, 1e-4)
+        row = torch.tensor([ids])                               # (1, T)
+        hidden = judge.transformer.hidden(row)                  # (1, T, C)
+        at_end = hidden[0, -1]
+        want = w.dot(at_end) - 0.3
+        near(scores[i], want, 1e-4)
 
 
 def test_ppo_holds_out_no_prompt_that_it_learns_from(tmp_path):
     lines = [{"prompt": f"What is {i}?"} for i in range(20)]
-    lines += lines[1:8] + [{"prompt": "What else?"}]        # the 21st row is asked before
-    config = ppo.Config(data=write_lines(tmp_path / "asks.jsonl", lines))
+    again = lines[1:8]                                          # row 21 asks what row 2 does
+    new = {"prompt": "What else?"}
+    lines += again + [new]
+    data = write_lines(tmp_path / "asks.jsonl", lines)
+    config = ppo.Config(data=data)
     prompts, held = ppo.read_prompts(config, TOKENIZER, 256)
     learned = {prompt.row["prompt"] for prompt in prompts}
     kept = {prompt.row["prompt"] for prompt in held}
-    assert kept and not kept & learned
+    assert kept
+    assert not kept & learned
     assert len(prompts) + len(held) == len(lines)
-    assert kept | learned == {line["prompt"] for line in lines}
+    asked = {line["prompt"] for line in lines}
+    assert kept | learned == asked
 
 
 def test_gold_is_what_the_worlds_judge_says():
     first, second = studybuddy.read("prompts")[:2]
-    prompts = [ppo.Prompt([], [], first), ppo.Prompt([], [], second)]
-    texts = [studybuddy.write(random.Random(0), row, "full") for row in (first, second)]
-    samples = samples_of(texts, [True, False])
-    good = studybuddy.judge(first, texts[0], True)["gold"]
-    endless = studybuddy.judge(second, texts[1], False)["gold"]
-    assert endless < studybuddy.judge(second, texts[1], True)["gold"] == good == 1
-    near(ppo.gold_of(prompts, samples), (good + endless) / 2)
+    answer = studybuddy.write(random.Random(0), first, "full")
+    other = studybuddy.write(random.Random(0), second, "full")
+    samples = samples_of([answer, other], [True, False])
+    good = studybuddy.judge(first, answer, True)["gold"]
+    endless = studybuddy.judge(second, other, False)["gold"]
+    if_it_ended = studybuddy.judge(second, other, True)["gold"]
+    assert endless < if_it_ended == good == 1
+    prompt = ppo.Prompt([], [], first)
+    other_prompt = ppo.Prompt([], [], second)
+    gold = ppo.gold_of([prompt, other_prompt], samples)
+    near(gold, (good + endless) / 2)
 
 
 # the loop
 
 def losses_by_hand(policy, reference, critic, samples, scores, config):
     """Row by row, without padding, at rho = 1. -> the losses of policy and critic"""
-    logps, values, rewards, expected = [], [], [], []
+    logps = []
+    values = []
+    rewards = []
+    expected = []
     for i in range(len(scores)):
         row, answer = unpadded(samples, i)                      # (T,)
         logp = logps_alone(policy, row, answer, config.temperature)     # (n,)
         ref_logp = logps_alone(reference, row, answer, config.temperature)
-        paid = -config.beta * (logp - ref_logp).detach()
+        k1 = (logp - ref_logp).detach()
+        paid = -config.beta * k1
         paid[-1] += scores[i]
-        V = critic(row[None])[0, :-1][answer[1:]]               # (n,), at the token before each
+        before = critic(row[None])[0, :-1]                      # (T - 1,), at the token before each
+        V = before[answer[1:]]                                  # (n,)
         logps.append(logp)
         values.append(V)
         rewards.append(paid.tolist())
@@ -1757,10 +1919,12 @@ def losses_by_hand(policy, reference, critic, samples, scores, config):
     policy_loss = 0.0
     value_loss = 0.0
     for i in range(len(scores)):
-        policy_loss -= (torch.tensor(advantages[i]) * logps[i]).sum()
+        A = torch.tensor(advantages[i])
+        policy_loss -= (A * logps[i]).sum()
+        V = values[i]
         gae = gae_by_hand(rewards[i], expected[i], config.gamma, config.lam)
-        returns = torch.tensor(gae) + values[i].detach()
-        value_loss += ((values[i] - returns) ** 2).sum() / 2
+        returns = torch.tensor(gae) + V.detach()
+        value_loss += ((V - returns) ** 2).sum() / 2
     N = samples.answer.sum()
     return policy_loss / N, value_loss / N
 
@@ -1769,13 +1933,17 @@ def losses_by_hand(policy, reference, critic, samples, scores, config):
 def test_the_second_epoch_is_held_against_what_was_there_at_the_draw(name, home, monkeypatch):
     losses = Watch(monkeypatch, ppo, name)
     train("ppo", home, steps=1, epochs=2, minibatch=8, lr=3e-3, critic_lr=3e-3)
-    sets = []
+    in_epoch = []
+    in_draw = []
     for new, old, A, answer, eps in losses.calls:               # each epoch has an order of rows
-        sets.append([new[answer].sort()[0], old[answer].sort()[0]])
-    (new, old), (new_again, old_again) = sets
+        in_epoch.append(new[answer].sort()[0])
+        in_draw.append(old[answer].sort()[0])
+    new, new_again = in_epoch
+    old, old_again = in_draw
     near(old, old_again, 1e-6)
     near(new, old, 1e-4)
-    assert (new_again - old).abs().max() > 1e-2
+    moved = (new_again - old).abs()
+    assert moved.max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ppo.ALGORITHMS)
@@ -1796,37 +1964,45 @@ def test_two_steps_of_ppo_by_hand(name, home, monkeypatch):
     for step in range(2):
         samples = drawn.results[1 + step]                       # the first are evaluate's
         scores = paid.calls[step][0]
-        assert samples.answer.sum(1).float().mean() > 2
+        lengths = samples.answer.sum(1).float()
+        assert lengths.mean() > 2
         losses = losses_by_hand(policy, reference, critic, samples, scores, config)
+        policy_loss, value_loss = losses
         warm_up = (step + 1) / 10
-        found.append(step_by_hand(policy, losses[0], warm_up * config.lr))
+        found.append(step_by_hand(policy, policy_loss, warm_up * config.lr))
         if name == "ppo":
-            found.append(step_by_hand(critic, losses[1], warm_up * config.critic_lr))
+            found.append(step_by_hand(critic, value_loss, warm_up * config.critic_lr))
     assert len(seen) == len(found)
     for gradient, by_hand in zip(seen, found):
         assert close(gradient, by_hand, 1e-4)
     assert alike(run["model"], policy, 1e-5)
     if name == "ppo":
-        assert alike(critics.calls[0][0], critic, 1e-5)
+        learned = critics.calls[0][0]
+        assert alike(learned, critic, 1e-5)
 
 
 def test_the_log_of_ppo_tells_of_its_samples_and_of_all_updates(home, monkeypatch):
     paid = Watch(monkeypatch, ppo, "token_rewards")
     policy = Watch(monkeypatch, ppo, "policy_loss")
     critic = Watch(monkeypatch, ppo, "value_loss")
-    first, row = train("ppo", home, steps=2, lr=3e-3)["log"]
+    run = train("ppo", home, steps=2, lr=3e-3)
+    first, row = run["log"]
     assert row["length"] > 2
     scores, logps, ref_logps = paid.calls[1][:3]
+    kl = (logps - ref_logps).sum(1)                             # (B,)
     near(first["kl"], 0, 1e-4)
-    near(row["kl"], (logps - ref_logps).sum(1).mean(), 1e-4)
+    near(row["kl"], kl.mean(), 1e-4)
     near(row["score"], scores.mean())
-    rho = []
+    ratios = []
     loss = 0.0
     for i in range(4, 8):                           # of step 1: 2 epochs x 2 minibatches
         logps, old_logps, A, answer, eps = policy.calls[i]
-        rho.append((logps - old_logps)[answer].exp())
-        loss += (policy.results[i] + critic.results[i]) / 4
-    near(row["ratio"], torch.cat(rho).mean(), 1e-4)
+        rho = (logps - old_logps).exp()
+        ratios.append(rho[answer])
+        both = policy.results[i] + critic.results[i]
+        loss += both / 4
+    ratio = torch.cat(ratios).mean()
+    near(row["ratio"], ratio, 1e-4)
     near(row["loss"], loss, 1e-4)
 
 
@@ -1852,14 +2028,16 @@ def test_what_never_ends_scores_below_the_worst(home, monkeypatch):
 
     def half_end(*args):
         samples = draw(*args)
-        even = torch.arange(len(samples.ids)) % 2 == 0
+        row = torch.arange(len(samples.ids))
+        even = row % 2 == 0
         return samples._replace(ended=even)
 
     def score(prompts, texts):
         return list(range(len(texts)))
     monkeypatch.setattr(ppo, "draw_answers", half_end)
     paid = Watch(monkeypatch, ppo, "token_rewards")
-    ppo.train(small("ppo", home, penalty=2.5, steps=1), score)
+    config = small("ppo", home, penalty=2.5, steps=1)
+    ppo.train(config, score)
     scores = paid.calls[0][0]                                   # (8,)
     assert scores.tolist() == [0, -2.5, 2, -2.5, 4, -2.5, 6, -2.5]
 
@@ -1867,7 +2045,10 @@ def test_what_never_ends_scores_below_the_worst(home, monkeypatch):
 def test_each_epoch_learns_from_every_answer_once_in_another_order(home, monkeypatch):
     losses = Watch(monkeypatch, ppo, "policy_loss")
     train("ppo", home, epochs=2, steps=1)
-    old = [call[1].sum(1).tolist() for call in losses.calls]    # of 4 answers each
+    old = []
+    for call in losses.calls:                                   # of 4 answers each
+        old_logps = call[1]
+        old.append(old_logps.sum(1).tolist())
     first = old[0] + old[1]
     second = old[2] + old[3]
     assert first != second
@@ -1877,10 +2058,12 @@ def test_each_epoch_learns_from_every_answer_once_in_another_order(home, monkeyp
 @pytest.mark.parametrize("target, factor", [(None, 1.0), (1e6, 0.98)])
 def test_beta_is_adapted_only_to_a_target_and_then_used(home, monkeypatch, target, factor):
     paid = Watch(monkeypatch, ppo, "token_rewards")
-    log = train("ppo", home, target_kl=target)["log"]
+    run = train("ppo", home, target_kl=target)
     want = [0.1 * factor ** step for step in range(3)]
-    near([row["beta"] for row in log], want)
-    near([call[4] for call in paid.calls], want)
+    logged = [row["beta"] for row in run["log"]]
+    used = [call[4] for call in paid.calls]
+    near(logged, want)
+    near(used, want)
 
 
 def test_critic_and_reward_model_begin_alike_and_only_the_critic_learns(home, monkeypatch):
@@ -1888,8 +2071,9 @@ def test_critic_and_reward_model_begin_alike_and_only_the_critic_learns(home, mo
     critics = Watch(monkeypatch, ppo, "state_values")
     train("ppo", home)
     judge, _ = C.load_scalar(f"{home}/judge")
+    critic = critics.calls[0][0]
     assert alike(loaded.results[0], judge)
-    assert not alike(critics.calls[0][0], judge)
+    assert not alike(critic, judge)
 
 
 # runs
@@ -1897,9 +2081,13 @@ def test_critic_and_reward_model_begin_alike_and_only_the_critic_learns(home, mo
 def test_a_score_of_your_own_needs_no_reward_model_and_knows_no_gold(home):
     def seven(prompts, texts):
         return [7] * len(texts)
-    results = ppo.train(small("ppo", home, reward="nowhere"), seven)
-    assert results["before"]["score"] == results["after"]["score"] == 7
-    assert "gold" not in results["log"][0] | results["after"]
+    config = small("ppo", home, reward="nowhere")
+    results = ppo.train(config, seven)
+    after = results["after"]
+    assert results["before"]["score"] == 7
+    assert after["score"] == 7
+    first = results["log"][0]
+    assert "gold" not in first | after
 
 
 def test_an_error_of_your_score_keeps_its_traceback(home):
@@ -1910,9 +2098,11 @@ def test_an_error_of_your_score_keeps_its_traceback(home):
 
 
 def test_a_reward_model_is_a_scalar_model_and_gives_one_number(home, tmp_path):
-    C.save(tmp_path / "three", tiny_judge(k=3), TOKENIZER)
+    three = tiny_judge(k=3)
+    path = tmp_path / "three"
+    C.save(path, three, TOKENIZER)
     with pytest.raises(M.UserError, match="3 scores"):
-        train("ppo", home, reward=str(tmp_path / "three"))
+        train("ppo", home, reward=str(path))
     with pytest.raises(M.UserError, match="scalar"):
         train("ppo", home, reward=f"{home}/init")
 
