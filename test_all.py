@@ -426,6 +426,20 @@ def test_rows_of_padding_alone_give_no_nan(rows):
         assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.parametrize("end", ["left", "right"])
+def test_a_text_without_tokens_spoils_no_other(end):
+    """Its own score means nothing; but the others', and what is learned from them, are theirs."""
+    judge = tiny_judge()
+    parameters = list(judge.parameters())
+    ids, mask = masked(rows_of(0, 5, 8), left=end == "left")
+    got = M.end_scores(judge, ids, mask)                        # (3,)
+    want = M.end_scores(judge, ids[1:], mask[1:])               # (2,)
+    near(got[1:], want)
+    ours = torch.autograd.grad(got[1:].square().sum(), parameters)
+    theirs = torch.autograd.grad(want.square().sum(), parameters)
+    assert close(ours, theirs, 1e-5)
+
+
 def test_cache_in_pieces_equals_one_forward():
     model = tiny_model()
     ids, mask = masked(rows_of(5, 12), left=True)
@@ -1082,7 +1096,8 @@ def test_the_exam_is_for_the_worlds_own_demonstrations(home, monkeypatch):
 
 
 def test_the_table_shows_targets_below_their_tokens(capsys):
-    sft.show_example(tiny_model(), SHORT, TOKENIZER, sft.Config(), before=15)
+    model = tiny_model()
+    sft.show_example(model, SHORT, TOKENIZER, sft.Config(), before=15)
     cells = {"token": [], "target": [], "m": [], "pi": [], "L": []}
     printed = capsys.readouterr().out
     for line in printed.splitlines():
@@ -1095,6 +1110,11 @@ def test_the_table_shows_targets_below_their_tokens(capsys):
         if m == "1":
             trained += target
     assert trained == "Yes.<|im_end|>"
+    logps = logps_alone(model, torch.tensor(SHORT.ids), SHORT.answer)
+    shown = [float(cell) for cell in cells["pi"]]
+    near(shown, logps.exp(), 6e-3)                              # of two decimals
+    L = cells["L"][1].rstrip(",")
+    near(float(L), -logps.mean(), 6e-4)
 
 
 @slow
@@ -1230,7 +1250,8 @@ def test_a_line_becomes_a_comparison(home):
 
 
 def test_a_prompt_is_on_one_side_in_every_file(home, tmp_path):
-    """Though it stands in several rows, with other answers."""
+    """Though it stands in several rows, with other answers, and the other file is the other way
+    round."""
     sides = []
     for answer in "a", "b":
         lines = []
@@ -1238,6 +1259,8 @@ def test_a_prompt_is_on_one_side_in_every_file(home, tmp_path):
             prompt = f"What is {i % 40}?"
             line = {"prompt": prompt, "chosen": f"{answer} {i}", "rejected": "no"}
             lines.append(line)
+        if answer == "b":
+            lines.reverse()
         data = write_lines(tmp_path / "d.jsonl", lines)
         some, held = read_comparisons(home, data=data)
         assert len(some) + len(held) == 120
@@ -1748,6 +1771,7 @@ def test_value_loss_and_its_gradient_are_numpys():
     slope = np.where(far, 0, miss / len(V))
     near(loss, larger.mean() / 2, 1e-9)
     near(gradient[answer], slope, 1e-9)
+    assert zero_elsewhere(gradient, answer)
     assert 0 < far.mean() < 1
 
 
