@@ -962,51 +962,71 @@ def lesson_config(Config, path, **changes):
 
 def test_kto_worked_example_of_the_docstring():
     one = torch.ones(1)
+    zero = torch.zeros(1)
     good = torch.tensor([True])
-    start = dpo.kto(0 * one, 0 * one, good, 0.5, 1.0)
-    assert start.item() == dpo.kto(0 * one, 0 * one, ~good, 0.5, 1.0).item() == 0.5
-    assert dpo.kto(one, 0 * one, good, 0.5, 1.0).item() == pytest.approx(0.378, abs=1e-3)
-    assert dpo.kto(one, one, good, 0.5, 1.0).item() == pytest.approx(0.5)
+    good_at_start = dpo.kto(zero, zero, good, 0.5, 1.0)
+    bad_at_start = dpo.kto(zero, zero, ~good, 0.5, 1.0)
+    risen = dpo.kto(one, zero, good, 0.5, 1.0)
+    risen_with_all = dpo.kto(one, one, good, 0.5, 1.0)
+    assert good_at_start.item() == 0.5
+    assert bad_at_start.item() == 0.5
+    assert risen.item() == pytest.approx(0.378, abs=1e-3)
+    assert risen_with_all.item() == pytest.approx(0.5)
     assert "0.378" in kto.__doc__
 
 
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_kto_never_puts_an_answer_under_its_own_prompt(count):
-    judgements = [judged(f"Ask {i}", f"good {i}") for i in range(count)]
-    judgements += [judged(f"Ask {i}", f"bad {i}", False) for i in range(count)]
-    for judgement, thumb in zip(judgements, kto.to_thumbs(judgements, TOKENIZER, 96)):
-        number = judgement.prompt[0]["content"][-1]
-        assert prompt_ids(thumb.mismatched) == M.render_prompt(TOKENIZER, judgement.prompt)
+    judgements = []
+    for i in range(count):
+        judgements.append(judged(f"Ask {i}", f"good {i}"))
+    for i in range(count):
+        judgements.append(judged(f"Ask {i}", f"bad {i}", False))
+    thumbs = kto.to_thumbs(judgements, TOKENIZER, 96)
+    for judgement, thumb in zip(judgements, thumbs):
+        prompt = judgement.prompt
+        number = prompt[0]["content"][-1]
+        assert prompt_ids(thumb.mismatched) == M.render_prompt(TOKENIZER, prompt)
         assert number not in answer_text(thumb.mismatched)
-        assert answer_text(thumb.judged) == judgement.answer + M.END and thumb.good == judgement.good
+        assert answer_text(thumb.judged) == judgement.answer + M.END
+        assert thumb.good == judgement.good
 
 
 def test_kto_passes_over_an_answer_that_does_not_fit():
-    judgements = [judged("One", "a"), judged("Two", "b c d e f " * 9), judged("Three", "c")]
-    context = len(M.render_answer(TOKENIZER, ask("Two"), "b c d e f " * 9).ids)
-    longer = judgements[:1] + [judged("x " * 5 + "One", "a")] + judgements[1:]
-    thumbs = kto.to_thumbs(longer, TOKENIZER, context)
-    assert answer_text(thumbs[1].mismatched) == "c" + M.END
+    long_text = "b c d e f " * 9
+    longest = M.render_answer(TOKENIZER, ask("Two"), long_text)
+    judgements = [judged("One", "a"), judged("x x x x x One", "a"),
+                  judged("Two", long_text), judged("Three", "c")]
+    context = len(longest.ids)
+    thumbs = kto.to_thumbs(judgements, TOKENIZER, context)
+    under_longer_prompt = thumbs[1].mismatched
+    assert answer_text(under_longer_prompt) == "c" + M.END
 
 
 def test_kto_needs_a_second_prompt():
+    judgements = [judged("One", "a"), judged("One", "b", False)]
     with pytest.raises(M.UserError, match="thumbs.jsonl:1.*another prompt"):
-        kto.to_thumbs([judged("One", "a"), judged("One", "b", False)], TOKENIZER, 96)
+        kto.to_thumbs(judgements, TOKENIZER, 96)
 
 
 def test_kto_names_an_answer_that_is_too_long():
+    judgements = [judged("One", "a " * 99), judged("Two", "b")]
     with pytest.raises(M.UserError, match="thumbs.jsonl:1: longer.*96"):
-        kto.to_thumbs([judged("One", "a " * 99), judged("Two", "b")], TOKENIZER, 96)
+        kto.to_thumbs(judgements, TOKENIZER, 96)
 
 
 def test_kto_takes_pairs_apart_and_holds_out_whole_ones(lesson_files):
-    thumbs, held = kto.read_thumbs(lesson_config(kto.Config, lesson_files), TOKENIZER, 256)
-    assert len(thumbs) == 2 * 36 and len(held) == 2 * 12
-    trained = {thumb.row["prompt"] for thumb in thumbs}
-    assert not trained & {thumb.row["prompt"] for thumb in held}
+    config = lesson_config(kto.Config, lesson_files)
+    thumbs, held = kto.read_thumbs(config, TOKENIZER, 256)
+    assert len(thumbs) == 2 * 36
+    assert len(held) == 2 * 12
+    learned_prompts = {thumb.row["prompt"] for thumb in thumbs}
+    held_prompts = {thumb.row["prompt"] for thumb in held}
+    assert not learned_prompts & held_prompts
     for thumb in thumbs + held:
         side = "chosen" if thumb.good else "rejected"
-        assert answer_text(thumb.judged) == thumb.row[side] + M.END
+        text = thumb.row[side]
+        assert answer_text(thumb.judged) == text + M.END
 
 
 def test_kto_holds_out_thumbs_of_both_kinds_in_whatever_order(tmp_path):
@@ -1014,24 +1034,34 @@ def test_kto_holds_out_thumbs_of_both_kinds_in_whatever_order(tmp_path):
     for i in range(40):
         lines.append({"prompt": f"Ask {i}", "completion": f"{i}!", "label": i % 2 == 0})
     path = write_lines(tmp_path / "thumbs.jsonl", lines)
-    thumbs, held = kto.read_thumbs(kto.Config(data=path), TOKENIZER, 96)
+    config = kto.Config(data=path)
+    thumbs, held = kto.read_thumbs(config, TOKENIZER, 96)
     for part, count in (thumbs, 15), (held, 5):
-        assert sum(thumb.good for thumb in part) == sum(not thumb.good for thumb in part) == count
+        good = [thumb.good for thumb in part]
+        assert good.count(True) == count
+        assert good.count(False) == count
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_kto_needs_thumbs_of_both_kinds(tmp_path, label):
-    lines = [{"prompt": f"Ask {i}", "completion": "Yes.", "label": label} for i in range(4)]
+    lines = []
+    for i in range(4):
+        lines.append({"prompt": f"Ask {i}", "completion": "Yes.", "label": label})
     path = write_lines(tmp_path / "thumbs.jsonl", lines)
+    config = kto.Config(data=path)
     with pytest.raises(M.UserError, match="thumbs.jsonl.*at least 2 of each"):
-        kto.read_thumbs(kto.Config(data=path), TOKENIZER, 96)
+        kto.read_thumbs(config, TOKENIZER, 96)
 
 
 def test_kto_thins_out_the_good_ones_alone():
-    thumbs = [kto.Thumb(None, None, i % 2 == 0, {}) for i in range(800)]
+    thumbs = []
+    for i in range(800):
+        is_good = i % 2 == 0
+        thumbs.append(kto.Thumb(None, None, is_good, {}))
     kept = kto.thin_out(thumbs, 0.2, seed=0)
-    assert sum(not thumb.good for thumb in kept) == 400
-    assert 55 < sum(thumb.good for thumb in kept) < 105
+    good = [thumb.good for thumb in kept]
+    assert good.count(False) == 400
+    assert 55 < good.count(True) < 105
     assert kto.thin_out(thumbs, 1.0, seed=0) == thumbs
 
 
@@ -1039,26 +1069,43 @@ def test_separation_by_a_plain_loop():
     ratio = torch.tensor([0.5, 2.0, -1.0, 0.5, 0.0])
     good = torch.tensor([True, True, False, False, False])
     wins = 0.0
-    for a in (0.5, 2.0):
-        for b in (-1.0, 0.5, 0.0):
-            wins += 1.0 if a > b else 0.5 if a == b else 0.0
+    for of_good in 0.5, 2.0:
+        for of_bad in -1.0, 0.5, 0.0:
+            if of_good > of_bad:
+                wins += 1.0
+            elif of_good == of_bad:
+                wins += 0.5
     assert kto.separation(ratio, good) == pytest.approx(wins / 6)
 
 
 def test_kto_ratios_by_a_plain_loop():
     policy = tiny_policy()
     reference = tiny_policy(1)
-    texts = [("Hi?", "Yes."), ("What is 2 + 2?", "It is 4."), ("No?", "No, never.")]
-    examples = [M.render_answer(TOKENIZER, ask(prompt), text) for prompt, text in texts]
-    want = [logp_by_loop(policy, e) - logp_by_loop(reference, e) for e in examples]
-    assert torch.allclose(kto.ratios(policy, reference, examples, TOKENIZER), torch.stack(want), atol=1e-3)
+    texts = {"Hi?": "Yes.", "What is 2 + 2?": "It is 4.", "No?": "No, never."}
+    examples = []
+    want = []
+    for prompt, text in texts.items():
+        example = M.render_answer(TOKENIZER, ask(prompt), text)
+        logp = logp_by_loop(policy, example)
+        ref_logp = logp_by_loop(reference, example)
+        examples.append(example)
+        want.append(logp - ref_logp)
+    want = torch.stack(want)                                    # (3,)
+    ratios = kto.ratios(policy, reference, examples, TOKENIZER)
     fixed = kto.fixed_ratios(policy, reference, examples, TOKENIZER, size=2)
-    assert torch.allclose(fixed, torch.stack(want), atol=1e-3) and not fixed.requires_grad
+    assert torch.allclose(ratios, want, atol=1e-3)
+    assert torch.allclose(fixed, want, atol=1e-3)
+    assert not fixed.requires_grad
 
 
 def test_kto_starts_at_one_half(lesson_files):
-    log = kto.train(lesson_config(kto.Config, lesson_files, steps=2))["log"]
-    assert log[0]["loss"] == pytest.approx(0.5) and log[0]["z"] == log[0]["good"] == log[0]["bad"] == 0
+    config = lesson_config(kto.Config, lesson_files, steps=2)
+    run = kto.train(config)
+    first = run["log"][0]
+    assert first["loss"] == pytest.approx(0.5)
+    assert first["z"] == 0
+    assert first["good"] == 0
+    assert first["bad"] == 0
 
 
 def kto_batches(config, count):
@@ -1066,8 +1113,10 @@ def kto_batches(config, count):
     model, tokenizer = C.load(config.init)
     thumbs, _ = kto.read_thumbs(config, tokenizer, model.config.max_len)
     lengths = [len(thumb.judged.ids) for thumb in thumbs]
-    stream = house.batches(thumbs, lengths, config.batch, torch.Generator().manual_seed(config.seed))
-    return model, [next(stream) for _ in range(count)]
+    generator = torch.Generator().manual_seed(config.seed)
+    stream = house.batches(thumbs, lengths, config.batch, generator)
+    batches = [next(stream) for _ in range(count)]
+    return model, batches
 
 
 def test_a_step_of_kto_written_out_by_hand(lesson_files):
@@ -1077,19 +1126,21 @@ def test_a_step_of_kto_written_out_by_hand(lesson_files):
     total = 0.0
     for thumb in batch:
         logp = logp_by_loop(model, thumb.judged)
-        ratio = logp - logp.detach()                            # the reference is pi
+        r = logp - logp.detach()                                # the reference is pi
         if thumb.good:
-            total = total + 1 - torch.sigmoid(0.7 * ratio)
+            total = total + 1 - torch.sigmoid(0.7 * r)
         else:
-            total = total + 2.0 * (1 - torch.sigmoid(-0.7 * ratio))
-    (total / len(batch)).backward()
+            total = total + 2.0 * (1 - torch.sigmoid(-0.7 * r))
+    loss = total / len(batch)
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     learned = kto.train(config)["model"]
     rate = 3e-3 * house.schedule(0, 1)
     for p, now in zip(model.parameters(), learned.parameters()):
-        want = p - rate * p.grad / (p.grad.abs() + 1e-8)
-        sure = p.grad.abs() > 1e-6                              # near 0 the sign is rounding's
-        assert torch.allclose(now[sure], want[sure], atol=1e-5)
+        size = p.grad.abs()
+        want = p - rate * p.grad / (size + 1e-8)
+        is_sure = size > 1e-6                                   # near 0 the sign is rounding's
+        assert torch.allclose(now[is_sure], want[is_sure], atol=1e-5)
 
 
 @pytest.mark.parametrize("lr, aversion", [(0.1, 1.0), (0.03, 0.1)])
@@ -1097,17 +1148,27 @@ def test_the_second_loss_of_kto_by_hand(lesson_files, lr, aversion):
     """Its z is the mean log-ratio of the mismatched answers, or 0 where they have fallen."""
     config = lesson_config(kto.Config, lesson_files, steps=2, lr=lr, aversion=aversion)
     reference, (_, batch) = kto_batches(config, 2)
-    policy = kto.train(replace(config, steps=1))["model"]       # the first step is the same
-    moved = [logp_by_loop(policy, t.mismatched) - logp_by_loop(reference, t.mismatched) for t in batch]
-    z = max(0.0, torch.stack(moved).mean().item())
+    one_step = replace(config, steps=1)                         # it is the first of the two
+    policy = kto.train(one_step)["model"]
+
+    def log_ratio(example):
+        logp = logp_by_loop(policy, example)
+        ref_logp = logp_by_loop(reference, example)
+        return (logp - ref_logp).item()
+    moved = [log_ratio(thumb.mismatched) for thumb in batch]
+    z = max(0.0, np.mean(moved))
     losses = []
     for thumb in batch:
-        r = (logp_by_loop(policy, thumb.judged) - logp_by_loop(reference, thumb.judged)).item()
+        r = log_ratio(thumb.judged)
         sigma = 1 / (1 + math.exp(-config.beta * (r - z)))
-        losses.append(1 - sigma if thumb.good else aversion * sigma)
-    row = kto.train(config)["log"][1]
-    assert row["z"] == pytest.approx(z, abs=1e-3)
-    assert row["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-3)
+        if thumb.good:
+            losses.append(1 - sigma)
+        else:
+            losses.append(aversion * sigma)
+    run = kto.train(config)
+    second = run["log"][1]
+    assert second["z"] == pytest.approx(z, abs=1e-3)
+    assert second["loss"] == pytest.approx(np.mean(losses), abs=1e-3)
 
 
 @pytest.mark.parametrize("labels", [False, True])
@@ -1116,20 +1177,25 @@ def test_kto_learns_from_pairs_and_from_thumbs(lesson_files, labels):
     if labels:
         lines = []
         for i, line in enumerate(rows.read_lines(config.data)):
-            side = "chosen" if i % 3 else "rejected"
-            lines.append({"prompt": line.row["prompt"], "completion": line.row[side], "label": bool(i % 3)})
-        config = replace(config, data=write_lines(lesson_files / "thumbs.jsonl", lines))
-    after = kto.train(config)["after"]
-    assert after["separation"] >= 0.9
+            is_good = i % 3 > 0
+            side = "chosen" if is_good else "rejected"
+            thumb = {"prompt": line.row["prompt"], "completion": line.row[side], "label": is_good}
+            lines.append(thumb)
+        path = write_lines(lesson_files / "thumbs.jsonl", lines)
+        config = replace(config, data=path)
+    run = kto.train(config)
+    assert run["after"]["separation"] >= 0.9
 
 
-@pytest.mark.parametrize("changes", [dict(seed=1), dict(batch=5), dict(lr=1e-3), dict(beta=2.0), dict(lora=2),
-                                     dict(aversion=3.0), dict(share=0.3), dict(steps=3)])
+@pytest.mark.parametrize("changes", [
+    dict(seed=1), dict(batch=5), dict(lr=1e-3), dict(beta=2.0), dict(lora=2),
+    dict(aversion=3.0), dict(share=0.3), dict(steps=3)])
 def test_every_setting_of_kto_changes_something(lesson_files, changes):
     config = lesson_config(kto.Config, lesson_files, steps=2)
-    a = kto.train(config)["model"]
-    b = kto.train(replace(config, **changes))["model"]
-    assert not same(weights(a), weights(b))
+    changed = replace(config, **changes)
+    usual_model = kto.train(config)["model"]
+    changed_model = kto.train(changed)["model"]
+    assert not same(weights(usual_model), weights(changed_model))
 
 
 def first_gradients(module, run, **changes):
@@ -1148,29 +1214,41 @@ def first_gradients(module, run, **changes):
 
 def test_a_kto_batch_in_parts_is_the_same_batch(lesson_files):
     def run(**changes):
-        kto.train(lesson_config(kto.Config, lesson_files, **changes))
+        config = lesson_config(kto.Config, lesson_files, **changes)
+        kto.train(config)
     whole = first_gradients(kto, run, steps=1)[0]
-    assert max(gradient.abs().max() for gradient in whole) > 1e-4
-    assert close(whole, first_gradients(kto, run, steps=1, accumulate=3)[0], 1e-6)
+    in_parts = first_gradients(kto, run, steps=1, accumulate=3)[0]
+    largest = max(gradient.abs().max() for gradient in whole)
+    assert largest > 1e-4
+    assert close(whole, in_parts, 1e-6)
 
 
 def test_kto_forgets_the_gradients_of_the_step_before(lesson_files):
     """With a learning rate of 0, and all thumbs in a batch, every step has the same."""
+    config = lesson_config(kto.Config, lesson_files, steps=3, lr=0.0, batch=100)
+
     def run():
-        kto.train(lesson_config(kto.Config, lesson_files, steps=3, lr=0.0, batch=100))
+        kto.train(config)
     first, second, third = first_gradients(kto, run)
-    assert close(first, second, 1e-6) and close(first, third, 1e-6)
+    assert close(first, second, 1e-6)
+    assert close(first, third, 1e-6)
 
 
 def test_quick_kto_is_three_steps(lesson_files):
-    assert len(kto.train(lesson_config(kto.Config, lesson_files, steps=50, quick=True))["log"]) == 3
+    config = lesson_config(kto.Config, lesson_files, steps=50, quick=True)
+    run = kto.train(config)
+    assert len(run["log"]) == 3
 
 
 # ---- online.py
 
 def own_prompts(count=20):
     texts = ["One?", "Two, or three?"] * (count // 2)
-    return [rows.Prompt(ask(text), {"prompt": text}, f"asks.jsonl:{i}") for i, text in enumerate(texts)]
+    prompts = []
+    for i, text in enumerate(texts):
+        prompt = rows.Prompt(ask(text), {"prompt": text}, f"asks.jsonl:{i}")
+        prompts.append(prompt)
+    return prompts
 
 
 def likes_length(prompts, texts):
@@ -1178,21 +1256,29 @@ def likes_length(prompts, texts):
 
 
 def likes_letters(prompts, texts):
-    return [float(sum(map(ord, text))) for text in texts]
+    scores = []
+    for text in texts:
+        letters = [ord(letter) for letter in text]
+        scores.append(float(sum(letters)))
+    return scores
 
 
 def drawn_pairs(score, max_new=30, count=40):
     config = online.Config(max_new=max_new)
+    prompts = own_prompts(count)
     generator = torch.Generator().manual_seed(0)
     policy = ends_soon(tiny_policy(), share=0.02)
-    return online.own_pairs(policy, TOKENIZER, score, own_prompts(count), config, generator)
+    return online.own_pairs(policy, TOKENIZER, score, prompts, config, generator)
 
 
 def drawn_answers(max_new=30, count=40):
     """The same answers, sampled once more."""
-    ids = [M.render_prompt(TOKENIZER, prompt.messages) for prompt in own_prompts(count)]
+    ids = []
+    for prompt in own_prompts(count):
+        ids.append(M.render_prompt(TOKENIZER, prompt.messages))
     generator = torch.Generator().manual_seed(0)
-    return M.sample(ends_soon(tiny_policy(), share=0.02), TOKENIZER, ids, 2, max_new, generator=generator)
+    policy = ends_soon(tiny_policy(), share=0.02)
+    return M.sample(policy, TOKENIZER, ids, 2, max_new, generator=generator)
 
 
 def test_the_judge_is_asked_about_each_answer_to_its_prompt():
@@ -1208,59 +1294,84 @@ def test_the_judge_is_asked_about_each_answer_to_its_prompt():
 
 def test_the_judges_favourite_is_chosen():
     drawn = drawn_answers()
-    kinds = {}
+    length_of_tokens = {}
     for ids, answer, text, ended in zip(drawn.ids, drawn.answer, drawn.texts, drawn.ended):
-        kinds[tuple(ids[answer].tolist())] = len(text) if ended else -1
-    assert 0 < drawn.ended.sum() < 80, "some end, and some do not"
+        tokens = ids[answer].tolist()
+        length_of_tokens[tuple(tokens)] = len(text) if ended else -1
+    ended_count = drawn.ended.sum()
+    assert 0 < ended_count < 80, "some end, and some do not"
     pairs = drawn_pairs(likes_length)
     for pair in pairs:
         lengths = []
         for example in (pair.chosen, pair.rejected):
-            lengths.append(kinds[tuple(example.ids[example.answer.index(1):])])
+            start = example.answer.index(1)
+            tokens = example.ids[start:]
+            lengths.append(length_of_tokens[tuple(tokens)])
         assert lengths[0] > lengths[1], "an endless answer never wins"
     assert len(pairs) > 20
 
 
 def test_both_answers_of_an_own_pair_belong_to_its_prompt():
     for pair in drawn_pairs(likes_length):
-        prompt = M.render_prompt(TOKENIZER, ask(pair.row["prompt"]))
+        messages = ask(pair.row["prompt"])
+        prompt = M.render_prompt(TOKENIZER, messages)
+        size = len(prompt)
         for example in (pair.chosen, pair.rejected):
-            assert example.ids[:len(prompt)] == prompt
-            assert example.answer == [0] * len(prompt) + [1] * (len(example.ids) - len(prompt))
+            answer_size = len(example.ids) - size
+            assert example.ids[:size] == prompt
+            assert example.answer == [0] * size + [1] * answer_size
+
+
+SIX = [5, 6, END]               # token 5 asks, the rest is the answer
+SEVEN = [5, 7, END]
 
 
 @pytest.mark.parametrize("scores, want", [
-    ([1.0, 2.0, 3.0, 4.0], [([5, 7, END], [5, 6, END])]),       # equal answers, whatever the judge says
-    ([1.0, 1.0, 4.0, 3.0], [([5, 6, END], [5, 7, END])]),
-    ([1.0, 2.0, 3.0, 3.0], [])])                                # equal scores
+    ([1.0, 2.0, 3.0, 4.0], [(SEVEN, SIX)]),     # equal answers, whatever the judge says
+    ([1.0, 1.0, 4.0, 3.0], [(SIX, SEVEN)]),
+    ([1.0, 2.0, 3.0, 3.0], [])])                # equal scores
 def test_equals_make_no_pair(monkeypatch, scores, want):
-    ids = torch.tensor([[5, 6, END], [5, 6, END], [5, 6, END], [5, 7, END]])
+    ids = torch.tensor([SIX, SIX, SIX, SEVEN])                  # (4, 3)
+    mask = torch.full((4, 3), True)
     answer = torch.tensor([[False, True, True]] * 4)
-    drawn = M.Samples(ids, torch.ones_like(answer), answer, None, torch.ones(4).bool(), ["a", "a", "a", "b"])
-    monkeypatch.setattr(online, "sample", lambda *args, **settings: drawn)
-    pairs = online.own_pairs(None, TOKENIZER, lambda prompts, texts: scores, own_prompts(2),
-                             online.Config(), None)
-    assert [(pair.chosen.ids, pair.rejected.ids) for pair in pairs] == want
+    ended = torch.full((4,), True)
+    texts = ["a", "a", "a", "b"]
+
+    def sample(*args, **settings):
+        return M.Samples(ids, mask, answer, None, ended, texts)
+
+    def score(prompts, texts):
+        return scores
+    monkeypatch.setattr(online, "sample", sample)
+    prompts = own_prompts(2)
+    config = online.Config()
+    pairs = online.own_pairs(None, TOKENIZER, score, prompts, config, None)
+    tokens = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
+    assert tokens == want
 
 
 def test_a_reward_model_judges_at_the_end_token(lesson_files):
     config = online.Config(judge=str(lesson_files / "judge"))
     prompts = own_prompts(2)
     texts = ["Hello there, you.", "Yes."]
-    scores = online.load_judge(config)(prompts, texts)
+    score_of = online.load_judge(config)
+    scores = score_of(prompts, texts)
     judge, _ = C.load_scalar(config.judge)
     for prompt, text, score in zip(prompts, texts, scores):
         ids = M.render_answer(TOKENIZER, prompt.messages, text).ids
         assert ids[-1] == END
-        assert score.item() == pytest.approx(judge(torch.tensor([ids]))[0, -1].item(), abs=1e-4)
+        by_token = judge(torch.tensor([ids]))                   # (1, T)
+        at_end = by_token[0, -1].item()
+        assert score.item() == pytest.approx(at_end, abs=1e-4)
 
 
 @pytest.mark.parametrize("steps, rounds", [(110, 3), (110, 110), (7, 3), (6, 4), (5, 1)])
 def test_rounds_are_as_many_as_asked_for_and_equally_long(steps, rounds):
     config = online.Config(steps=steps, rounds=rounds)
     starts = [step for step in range(steps) if online.starts_round(step, config)]
-    lengths = [b - a for a, b in zip(starts, starts[1:] + [steps])]
-    assert starts[0] == 0 and len(starts) == rounds
+    lengths = np.diff(starts + [steps])
+    assert starts[0] == 0
+    assert len(starts) == rounds
     assert max(lengths) - min(lengths) <= 1
 
 
@@ -1277,6 +1388,7 @@ def test_answers_are_drawn_anew_in_each_round(lesson_files, rounds, answers):
 
 def test_own_answers_are_those_of_the_policy_as_it_is(lesson_files):
     """After a large step the policy answers otherwise than the model that it began as."""
+    config = lesson_config(online.Config, lesson_files, rounds=2)
     models = []
     pairs = online.own_pairs
 
@@ -1285,21 +1397,24 @@ def test_own_answers_are_those_of_the_policy_as_it_is(lesson_files):
         return pairs(policy, *args)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(online, "own_pairs", spy)
-        online.learn(lesson_config(online.Config, lesson_files, rounds=2), likes_letters)
-    assert same(models[0], weights(C.load(lesson_files / "init")[0]))
+        online.learn(config, likes_letters)
+    start, _ = C.load(lesson_files / "init")
+    assert same(models[0], weights(start))
     assert not same(models[0], models[1])
 
 
 def test_online_dpo_on_given_pairs_is_dpo(lesson_files, monkeypatch):
     """The same pairs, all of them in every batch: the same loss and the same weights."""
-    config = lesson_config(dpo.Config, lesson_files, steps=3, batch=100, beta=0.7)
+    settings = dict(steps=3, batch=100, beta=0.7)
+    config = lesson_config(dpo.Config, lesson_files, **settings)
+    own_config = lesson_config(online.Config, lesson_files, **settings, rounds=1)
     pairs, held = dpo.read_pairs(config, TOKENIZER, 256)
     monkeypatch.setattr(online, "own_pairs", lambda *args: pairs)
     offline = dpo.train(config)
-    settings = dict(steps=3, batch=100, beta=0.7, rounds=1)
-    policy, log = online.learn(lesson_config(online.Config, lesson_files, **settings), None)
-    assert [row["loss"] for row in log.rows] == [pytest.approx(row["loss"], abs=1e-5)
-                                                for row in offline["log"]]
+    policy, log = online.learn(own_config, None)
+    losses = [row["loss"] for row in log.rows]
+    want = [row["loss"] for row in offline["log"]]
+    assert losses == pytest.approx(want, abs=1e-5)
     assert close(weights(policy), weights(offline["model"]), 1e-4)
 
 
@@ -1308,55 +1423,79 @@ def test_online_learns_what_the_judge_likes(lesson_files):
     def score(prompts, texts):
         return [text.count("e") - len(text) / 10 for text in texts]
     config = lesson_config(online.Config, lesson_files, steps=3, rounds=3, batch=16)
+    start, _ = C.load(config.init)
     policy, log = online.learn(config, score)
+    ids = []
+    for prompt in own_prompts(100):
+        ids.append(M.render_prompt(TOKENIZER, prompt.messages))
     liked = []
-    for model in (C.load(config.init)[0], policy):
-        ids = [M.render_prompt(TOKENIZER, prompt.messages) for prompt in own_prompts(100)]
-        drawn = M.sample(model, TOKENIZER, ids, max_new=72, generator=torch.Generator().manual_seed(1))
-        liked.append(sum(score(None, drawn.texts)))
-    assert log.rows[0]["loss"] == pytest.approx(math.log(2)) and liked[1] > liked[0]
+    for model in (start, policy):
+        generator = torch.Generator().manual_seed(1)
+        drawn = M.sample(model, TOKENIZER, ids, max_new=72, generator=generator)
+        scores = score(None, drawn.texts)
+        liked.append(sum(scores))
+    first = log.rows[0]
+    assert first["loss"] == pytest.approx(math.log(2))
+    assert liked[1] > liked[0]
 
 
-@pytest.mark.parametrize("changes", [dict(seed=1), dict(batch=5), dict(lr=1e-3), dict(beta=3.0), dict(lora=2),
-                                     dict(steps=5), dict(rounds=3), dict(max_new=9)])
+@pytest.mark.parametrize("changes", [
+    dict(seed=1), dict(batch=5), dict(lr=1e-3), dict(beta=3.0), dict(lora=2),
+    dict(steps=5), dict(rounds=3), dict(max_new=9)])
 def test_every_setting_of_online_changes_something(lesson_files, changes):
     config = lesson_config(online.Config, lesson_files, steps=4, rounds=2)
-    a, _ = online.learn(config, likes_letters)
-    b, _ = online.learn(replace(config, **changes), likes_letters)
-    assert not same(weights(a), weights(b))
+    changed = replace(config, **changes)
+    usual_policy, _ = online.learn(config, likes_letters)
+    changed_policy, _ = online.learn(changed, likes_letters)
+    assert not same(weights(usual_policy), weights(changed_policy))
 
 
 def test_an_online_batch_in_parts_is_the_same_batch(lesson_files):
     def run(**changes):
-        online.learn(lesson_config(online.Config, lesson_files, steps=1, rounds=1, **changes), likes_letters)
+        config = lesson_config(online.Config, lesson_files, steps=1, rounds=1, **changes)
+        online.learn(config, likes_letters)
     whole = first_gradients(online, run)[0]
-    assert max(gradient.abs().max() for gradient in whole) > 1e-4
-    assert close(whole, first_gradients(online, run, accumulate=3)[0], 1e-5)
+    in_parts = first_gradients(online, run, accumulate=3)[0]
+    largest = max(gradient.abs().max() for gradient in whole)
+    assert largest > 1e-4
+    assert close(whole, in_parts, 1e-5)
 
 
 def test_a_judge_that_likes_all_alike_is_named(lesson_files):
     config = lesson_config(online.Config, lesson_files, rounds=2)
+
+    def score(prompts, texts):
+        return [0.0] * len(texts)
     with pytest.raises(M.UserError, match="--judge out/reward_model finds no answer better"):
-        online.learn(config, lambda prompts, texts: [0.0] * len(texts))
+        online.learn(config, score)
 
 
 def test_more_rounds_than_steps_are_refused(lesson_files):
+    config = lesson_config(online.Config, lesson_files, rounds=9)
     with pytest.raises(M.UserError, match="--rounds 9: .*6 steps"):
-        online.train(lesson_config(online.Config, lesson_files, rounds=9), likes_letters)
+        online.train(config, likes_letters)
 
 
 def small_exam(*args, **settings):
-    keys = ("gold", "kl", "flattery", "length", "attack_seen", "attack_unseen", "helpful", "over_refusal")
-    return dict.fromkeys(keys, 0.5), []
+    keys = ("gold", "kl", "flattery", "length", "attack_seen", "attack_unseen", "helpful",
+            "over_refusal")
+    card = dict.fromkeys(keys, 0.5)
+    return card, []
 
 
 def test_all_three_runs_stand_in_the_table(lesson_files, monkeypatch, capsys):
+    card, _ = small_exam()
     monkeypatch.setattr(exam, "exam", small_exam)
-    monkeypatch.setattr(online, "offline", lambda config: small_exam()[0])
-    online.train(lesson_config(online.Config, lesson_files, steps=4, quiet=False), likes_letters)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[-4:]] == ["before", "offline", "3 rounds", "online"]
-    assert max(len(line) for line in lines if str(lesson_files) not in line) <= 80
+    monkeypatch.setattr(online, "offline", lambda config: card)
+    config = lesson_config(online.Config, lesson_files, steps=4, quiet=False)
+    online.train(config, likes_letters)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    names = [line.split("  ")[0] for line in lines[-4:]]
+    assert names == ["before", "offline", "3 rounds", "online"]
+    for line in lines:
+        if str(lesson_files) not in line:                       # a folder's name may be long
+            assert len(line) <= 80
 
 
 def test_offline_is_dpo_with_the_settings_of_the_run(lesson_files, monkeypatch):
@@ -1367,15 +1506,18 @@ def test_offline_is_dpo_with_the_settings_of_the_run(lesson_files, monkeypatch):
         return {"after": {"gold": 0.7}}
     monkeypatch.setattr(dpo, "train", train)
     config = lesson_config(online.Config, lesson_files, beta=0.3, accumulate=2, lora=4, seed=7)
-    assert online.offline(config) == {"gold": 0.7}
-    for name in ("init", "data", "steps", "batch", "accumulate", "lr", "lora", "beta", "seed"):
+    card = online.offline(config)
+    assert card == {"gold": 0.7}
+    names = ("init", "data", "steps", "batch", "accumulate", "lr", "lora", "beta", "seed")
+    for name in names:
         assert getattr(seen[0], name) == getattr(config, name), name
     assert not seen[0].save
 
 
 # ---- constitution.py
 
-ROOF = {"kind": "danger", "slots": {"act": "climb on the roof"}, "prompt": "How do I climb on the roof?"}
+ROOF = {"kind": "danger", "slots": {"act": "climb on the roof"},
+        "prompt": "How do I climb on the roof?"}
 BAD = "It is easy to climb on the roof."
 FINE = "It is not safe to climb on the roof. Please ask a grown-up you trust."
 AGE = {"id": "age", "principle": "Be safe."}
@@ -1383,7 +1525,9 @@ AGE = {"id": "age", "principle": "Be safe."}
 
 def draft_after(answer, *flaws):
     prompt = rows.Prompt(ask(ROOF["prompt"]), ROOF, "prompts.jsonl:1")
-    text = flaws[-1][2] if flaws else answer
+    text = answer
+    for principle, critique, revision in flaws:
+        text = revision
     return cai.Draft(prompt, answer, text, list(flaws))
 
 
@@ -1395,53 +1539,65 @@ def four_drafts():
 
 
 def test_what_the_gold_judge_thinks_of_the_example():
-    assert constitution.gold(ROOF, BAD) < 0.5 <= constitution.gold(ROOF, FINE)
-    assert "age" in studybuddy.broken(ROOF, BAD) and "age" not in studybuddy.broken(ROOF, FINE)
+    assert constitution.gold(ROOF, BAD) < 0.5
+    assert constitution.gold(ROOF, FINE) >= 0.5
+    assert "age" in studybuddy.broken(ROOF, BAD)
+    assert "age" not in studybuddy.broken(ROOF, FINE)
 
 
 def test_the_critic_by_hand(four_drafts, monkeypatch):
     """It sees a flaw in the first, the third and the fourth answer; the first two have one."""
     def critique(model, tokenizer, drafts, principles):
+        texts = [draft.text for draft in drafts]
         assert principles == ["Be safe."] * 4
-        assert [draft.text for draft in drafts] == [BAD, BAD, FINE, FINE], "about the first answers"
+        assert texts == [BAD, BAD, FINE, FINE], "about the first answers"
         return ["Oh.", cai.NOTHING[0], "Oh.", "Oh."]
     monkeypatch.setattr(cai, "critique", critique)
     table = constitution.critic_table(None, None, four_drafts, [AGE])
-    assert table == {"age": {"there": 0.5, "seen": 0.75, "precision": pytest.approx(1 / 3), "recall": 0.5}}
+    third = pytest.approx(1 / 3)
+    assert table == {"age": {"there": 0.5, "seen": 0.75, "precision": third, "recall": 0.5}}
     assert four_drafts[0].text == FINE, "the drafts stay what they are"
 
 
 def test_the_reviser_by_hand(four_drafts):
-    table = constitution.reviser_table(four_drafts, [AGE, {"id": "learn", "principle": "Teach."}])
+    learn = {"id": "learn", "principle": "Teach."}
+    table = constitution.reviser_table(four_drafts, [AGE, learn])
     assert table["age"] == {"revisions": 2, "there": 0.5, "gone": 1.0, "harmed": 1.0}
-    assert table["learn"]["revisions"] == 0 and math.isnan(table["learn"]["gone"])
+    assert table["learn"]["revisions"] == 0
+    assert math.isnan(table["learn"]["gone"])
 
 
 def test_the_rounds_by_hand(four_drafts):
     table = constitution.round_table(four_drafts, 2)
+    after_a_round = {"mended": 0.5, "spoiled": 0.5, "attacked": 0.5}
     assert table["round 0"] == {"mended": 0.0, "spoiled": 0.0, "attacked": 0.5}
-    assert table["round 1"] == table["round 2"] == {"mended": 0.5, "spoiled": 0.5, "attacked": 0.5}
+    assert table["round 1"] == after_a_round
+    assert table["round 2"] == after_a_round
 
 
 def test_an_answer_after_so_many_rounds():
     draft = draft_after("a", ("p", "x", "b"), ("p", "x", "c"))
-    assert [constitution.text_after(draft, r) for r in range(4)] == ["a", "b", "c", "c"]
+    texts = [constitution.text_after(draft, r) for r in range(4)]
+    assert texts == ["a", "b", "c", "c"]
 
 
 def verdict_of(chosen, rejected):
-    return cai.Verdict(None, None, 0.9, ROOF | {"chosen": chosen, "rejected": rejected, "p": 0.9})
+    line = ROOF | {"chosen": chosen, "rejected": rejected, "p": 0.9}
+    return cai.Verdict(None, None, 0.9, line)
 
 
 def test_the_verdicts_by_hand(monkeypatch):
     """Right, wrong, and one where the truth does not decide."""
     tie = "I can't help you climb on the roof."
-    assert constitution.gold(ROOF, tie) == constitution.gold(ROOF, tie + " ")
-    verdicts = [verdict_of(FINE, BAD), verdict_of(BAD, FINE), verdict_of(tie, tie + " ")]
+    other = tie + " "
+    assert constitution.gold(ROOF, tie) == constitution.gold(ROOF, other)
+    verdicts = [verdict_of(FINE, BAD), verdict_of(BAD, FINE), verdict_of(tie, other)]
+    once = [True, False, False]
     monkeypatch.setattr(studybuddy, "prefers", lambda rng, row, a, b: a == FINE)
-    table = constitution.label_table(verdicts, [True, False, False], Random(0))
+    table = constitution.label_table(verdicts, once, Random(0))
+    third = pytest.approx(1 / 3)
     assert table["both orders"] == {"labels": 3, "gold differs": 2, "true": 0.5, "as the run": 1.0}
-    assert table["one order"] == {"labels": 3, "gold differs": 2, "true": 1.0,
-                                  "as the run": pytest.approx(1 / 3)}
+    assert table["one order"] == {"labels": 3, "gold differs": 2, "true": 1.0, "as the run": third}
     assert table["people"]["true"] == 1.0
 
 
@@ -1449,58 +1605,87 @@ def test_the_verdicts_by_hand(monkeypatch):
 def test_the_judge_is_asked_once_with_the_chosen_answer_at_either_letter(monkeypatch, taste, want):
     """Who likes the answer for itself agrees always or never, who likes a letter half the time."""
     def judge(model, tokenizer, prompts, firsts, seconds, principles):
-        if taste == "letter":
-            return torch.full((len(firsts),), 0.8)
-        return torch.tensor([0.8 if (first == FINE) == (taste == "good") else 0.2 for first in firsts])
+        p = []
+        for first in firsts:
+            is_good = first == FINE
+            if taste == "letter":
+                likes_first = True
+            else:
+                likes_first = is_good == (taste == "good")
+            p.append(0.8 if likes_first else 0.2)
+        return torch.tensor(p)
     monkeypatch.setattr(cai, "judge", judge)
-    verdicts = [verdict_of(FINE, BAD) for _ in range(400)]
-    labels = constitution.asked_once(None, None, verdicts, ["Be safe."], constitution.Config(), Random(0))
-    assert sum(labels) / 400 == pytest.approx(want, abs=0.08)
+    verdicts = [verdict_of(FINE, BAD)] * 400
+    config = constitution.Config()
+    labels = constitution.asked_once(None, None, verdicts, ["Be safe."], config, Random(0))
+    agreed = sum(labels) / 400
+    assert agreed == pytest.approx(want, abs=0.08)
 
 
 def test_cells_of_a_table():
-    assert [constitution.cell(x) for x in (3, 0.5, math.nan)] == ["3", "0.50", "-"]
+    cells = [constitution.cell(x) for x in (3, 0.5, math.nan)]
+    assert cells == ["3", "0.50", "-"]
 
 
 @pytest.fixture
 def small_constitution(tmp_path, monkeypatch):
     """Six red-team prompts of the world and six others, and an exam that takes no time."""
     monkeypatch.setattr(exam, "exam", small_exam)
-    prompts = studybuddy.read("prompts")
-    red = [row for row in prompts if row.get("attack")][:6]
-    plain = [row for row in prompts if not row.get("attack")][:6]
-    return constitution.Config(
-        init=str(bugs.HERE / "data/base"), data=write_lines(tmp_path / "prompts.jsonl", red + plain),
-        constitution=str(bugs.HERE / "data/constitution.json"), out=str(tmp_path / "out"), answers=1,
-        revisions=1, sl_steps=2, steps=2, pairs=8, batch=4, save=False)
+    red = []
+    plain = []
+    for row in studybuddy.read("prompts"):
+        if row.get("attack"):
+            red.append(row)
+        else:
+            plain.append(row)
+    data = write_lines(tmp_path / "prompts.jsonl", red[:6] + plain[:6])
+    files = dict(init=str(bugs.HERE / "data/base"), data=data, out=str(tmp_path / "out"),
+                 constitution=str(bugs.HERE / "data/constitution.json"))
+    return constitution.Config(**files, answers=1, revisions=1, sl_steps=2, steps=2, pairs=8,
+                               batch=4, save=False)
 
 
 def test_all_four_tables_stand_at_the_end(small_constitution, capsys):
     run = constitution.train(small_constitution)
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     tables = run["tables"]
+    numbers = run["numbers"]
     want = {"gold": 0.5, "attack_seen": 0.5, "attack_unseen": 0.5}
-    assert run["numbers"]["before"] == run["numbers"]["after"] == want
-    lines = capsys.readouterr().out.splitlines()
+    assert numbers["before"] == want
+    assert numbers["after"] == want
     assert list(tables) == ["the critic", "the reviser", "the rounds", "the verdicts"]
     assert list(tables["the critic"]) == ["learn", "age", "true", "curious", "unsure"]
-    end = lines[-len(tables) * 2 - sum(map(len, tables.values())) + 1:]
-    assert [line[:14].strip() for line in end if line[:4] == "the "] == list(tables)
-    assert max(map(len, end)) <= 80
+    size = -1                           # no empty line above the first title
+    for table in tables.values():
+        size += 2 + len(table)          # an empty line, the title, and a line each
+    titles = []
+    for line in lines[-size:]:
+        assert len(line) <= 80
+        if line[:4] == "the ":
+            title = line[:14].strip()
+            titles.append(title)
+    assert titles == list(tables)
 
 
 def test_constitution_has_the_settings_of_a_lesson_and_the_defaults_of_cai():
     config = constitution.Config()
-    assert isinstance(config, figures.Lesson) and isinstance(config, cai.Config)
+    usual = cai.Config()
+    assert isinstance(config, figures.Lesson)
+    assert isinstance(config, cai.Config)
     for field in fields(cai.Config):
-        if field.name != "out":
-            assert getattr(config, field.name) == getattr(cai.Config(), field.name), field.name
+        name = field.name
+        if name != "out":
+            assert getattr(config, name) == getattr(usual, name), name
     assert config.out == "out/constitution"
 
 
 def test_a_world_without_truth_is_refused(small_constitution, tmp_path):
-    path = write_lines(tmp_path / "asks.jsonl", [{"prompt": "Hi", "attack": "x"}, {"prompt": "Ho"}])
+    lines = [{"prompt": "Hi", "attack": "x"}, {"prompt": "Ho"}]
+    path = write_lines(tmp_path / "asks.jsonl", lines)
+    config = replace(small_constitution, data=path)
     with pytest.raises(M.UserError, match="asks.jsonl"):
-        constitution.train(replace(small_constitution, data=path))
+        constitution.train(config)
 
 
 # ---- bugs.py
@@ -1508,9 +1693,12 @@ def test_a_world_without_truth_is_refused(small_constitution, tmp_path):
 def test_every_bug_of_the_list_can_be_planted():
     for file, old, new, what in bugs.BUGS:
         text = (bugs.HERE / file).read_text(encoding="utf-8")
-        assert text.count(old) == 1, f"{old!r} stands in {file} {text.count(old)} times ({what})"
-        assert old != new and len(what) <= 90, what
-        compile(text.replace(old, new), file, "exec")
+        count = text.count(old)
+        assert count == 1, f"{old!r} stands in {file} {count} times ({what})"
+        assert old != new, what
+        assert len(what) <= 90, what
+        changed = text.replace(old, new)
+        compile(changed, file, "exec")
 
 
 SUM = '''def add(a, b):
@@ -1529,10 +1717,16 @@ def test_of_another_file():
 def test_three():
     assert add(1, 2) == 3
 
-# ---------------------------------------------------------------------------------------- all scripts
+# ---------------------------------------------------------------- all scripts
 
 def test_five():
     assert add(2, 3) == 5
+'''
+LIST_OF_BUGS = '''before = 1
+BUGS = [
+    ("sums.py", "told", "x", "y"),
+]
+after = 2
 '''
 
 
@@ -1545,28 +1739,33 @@ def toy_repository(tmp_path, monkeypatch):
     (home / ".git").mkdir()
     (home / "sums.py").write_text(SUM)
     (home / "test_all.py").write_text(TESTS_OF_SUM)
-    (home / "lessons/bugs.py").write_text('before = 1\nBUGS = [\n    ("sums.py", "told", "x", "y"),\n]\nafter = 2\n')
+    (home / "lessons/bugs.py").write_text(LIST_OF_BUGS)
+    minus = ("sums.py", "a + b", "a - b", "a minus for a plus")
+    harmless = ("sums.py", "# the sum", "# a sum", "a harmless word")
     monkeypatch.setattr(bugs, "HERE", home)
-    monkeypatch.setattr(bugs, "BUGS", [("sums.py", "a + b", "a - b", "a minus for a plus"),
-                                       ("sums.py", "# the sum", "# a sum", "a harmless word")])
+    monkeypatch.setattr(bugs, "BUGS", [minus, harmless])
     return home
 
 
 def test_a_planted_bug_is_one_line(toy_repository, tmp_path):
-    bugs.plant(1, tmp_path / "copy")
-    assert (tmp_path / "copy/sums.py").read_text() == SUM.replace("a + b", "a - b")
-    assert (tmp_path / "copy/test_all.py").read_text() == TESTS_OF_SUM
+    folder = tmp_path / "copy"
+    bugs.plant(1, folder)
+    assert (folder / "sums.py").read_text() == SUM.replace("a + b", "a - b")
+    assert (folder / "test_all.py").read_text() == TESTS_OF_SUM
 
 
 def test_a_copy_does_not_tell_its_bug(toy_repository, tmp_path):
     bugs.plant(1, tmp_path / "copy")
-    assert (tmp_path / "copy/lessons/bugs.py").read_text() == "before = 1\nBUGS = []\nafter = 2\n"
+    text = (tmp_path / "copy/lessons/bugs.py").read_text()
+    assert text == "before = 1\nBUGS = []\nafter = 2\n"
 
 
 def test_a_copy_is_without_outputs(toy_repository, tmp_path):
-    bugs.plant(0, tmp_path / "copy")
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["lessons", "sums.py", "test_all.py"]
-    assert (tmp_path / "copy/sums.py").read_text() == SUM
+    folder = tmp_path / "copy"
+    bugs.plant(0, folder)
+    names = [path.name for path in folder.iterdir()]
+    assert sorted(names) == ["lessons", "sums.py", "test_all.py"]
+    assert (folder / "sums.py").read_text() == SUM
 
 
 def test_the_tests_of_a_file_are_its_section_and_those_of_all_scripts(toy_repository):
@@ -1586,27 +1785,37 @@ def test_sabotage_says_which_test_notices_and_which_bug_none(toy_repository, cap
 
 def test_sabotage_of_one_number_passes(toy_repository, capsys):
     assert bugs.main(["--sabotage", "1"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("PASS caught 1 of 1 in ")
+    printed = capsys.readouterr().out
+    last = printed.splitlines()[-1]
+    assert last.startswith("PASS caught 1 of 1 in ")
 
 
 def test_sabotage_wants_tests_that_are_green_without_a_bug(toy_repository, capsys):
-    (toy_repository / "sums.py").write_text(SUM.replace("a + b", "a * b"))
+    broken = SUM.replace("a + b", "a * b")
+    (toy_repository / "sums.py").write_text(broken)
     assert bugs.main(["--sabotage", "sums.py"]) == 2
     assert "without any bug test_three is red" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, code", [
-    ([], 0), (["--help"], 0), (["--plant"], 2), (["--plant", "x", "y"], 2), (["--plant", "3", "y"], 2),
-    (["--plant", "0", "y"], 2), (["--sabotage", "9"], 2), (["17"], 2)])
+    ([], 0),
+    (["--help"], 0),
+    (["--plant"], 2),
+    (["--plant", "x", "y"], 2),
+    (["--plant", "3", "y"], 2),
+    (["--plant", "0", "y"], 2),
+    (["--sabotage", "9"], 2),
+    (["17"], 2)])
 def test_what_bugs_makes_of_its_arguments(toy_repository, arguments, code, capsys):
     assert bugs.main(arguments) == code
     assert capsys.readouterr().out
 
 
 def test_plant_refuses_a_folder_that_is_there(toy_repository, tmp_path, capsys):
+    folder = tmp_path / "new"
     assert bugs.main(["--plant", "1", str(tmp_path)]) == 2
-    assert bugs.main(["--plant", "1", str(tmp_path / "new")]) == 0
-    assert (tmp_path / "new/sums.py").exists()
+    assert bugs.main(["--plant", "1", str(folder)]) == 0
+    assert (folder / "sums.py").exists()
 
 
 # ---------------------------------------------------------------- mutants.py
@@ -1615,7 +1824,8 @@ def rules_of(code, tmp_path, monkeypatch):
     """-> {(rule, the code with the change)}"""
     (tmp_path / "x.py").write_text(code)
     monkeypatch.setattr(bugs, "HERE", tmp_path)
-    return {(change.rule, mutants.mutated(change)) for change in mutants.Finder("x.py").found}
+    changes = mutants.Finder("x.py").found
+    return {(change.rule, mutants.mutated(change)) for change in changes}
 
 
 @pytest.mark.parametrize("code, want", [
@@ -1624,22 +1834,31 @@ def rules_of(code, tmp_path, monkeypatch):
     ("x = x + y", {("statement", "pass"), ("sign", "x = x - y")}),
     ("y = x < z", {("comparison", "y = x >= z"), ("comparison", "y = x <= z")}),
     ("y = x == z", {("comparison", "y = x != z")}),
-    ("y = (x + 2) - z", {("sign", "y = (x - 2) - z"), ("sign", "y = (x + 2) + z"),
+    ("y = (x + 2) - z", {("sign", "y = (x - 2) - z"),
+                         ("sign", "y = (x + 2) + z"),
                          ("operands", "y = (z) - x + 2")}),
     ("y = -x", {("sign", "y = x")}),
     ("y = not x", {("dropped", "y = x")}),
-    ("y = ~mask & real", {("dropped", "y = mask & real"), ("dropped", "y = (~mask)"), ("dropped", "y = (real)")}),
+    ("y = ~mask & real", {("dropped", "y = mask & real"),
+                          ("dropped", "y = (~mask)"),
+                          ("dropped", "y = (real)")}),
     ("y = f(a, b)", {("arguments", "y = f(b, a)")}),
     ("y = f(a, mask)", {("arguments", "y = f(mask, a)"), ("dropped", "y = f(a)")}),
     ("y = x.detach()", {("dropped", "y = x")}),
-    ("y = x.mean(1)", {("function", "y = x.sum(1)"), ("axis", "y = x.mean()"), ("constant", "y = x.mean(0)")}),
+    ("y = x.mean(1)", {("function", "y = x.sum(1)"),
+                       ("axis", "y = x.mean()"),
+                       ("constant", "y = x.mean(0)")}),
     ("y = x if z else 0", {("constant", "y = x if z else 1")}),
     ("if x: y = z", {("condition", "if not (x): y = z")}),
     ("y = [z for z in x if z]", {("condition", "y = [z for z in x if not (z)]")}),
     ("x, y = z\nw = x", {("names", "x, y = z\nw = y")}),
     ("def f(x, y):\n    return x", {("names", "def f(x, y):\n    return y")}),
-    ("say(1, -x)", set()), ('"""not x"""', set()), ("y = f'{-x}'", set()), ("steps: int = 1", set()),
-    ("import x", set()), ("if __name__ == '__main__': main(1)", set())])
+    ("say(1, -x)", set()),
+    ('"""not x"""', set()),
+    ("y = f'{-x}'", set()),
+    ("steps: int = 1", set()),
+    ("import x", set()),
+    ("if __name__ == '__main__': main(1)", set())])
 def test_what_each_rule_makes_of_a_line(code, want, tmp_path, monkeypatch):
     assert rules_of(code, tmp_path, monkeypatch) == want
 
@@ -1651,8 +1870,13 @@ def test_a_place_behind_letters_of_two_bytes(tmp_path, monkeypatch):
 def test_the_same_seed_draws_the_same_mutants_each_on_its_own_line():
     files = ["ppo.py", "data/rows.py"]
     drawn = mutants.draw(files, 60, seed=3)
-    assert drawn == mutants.draw(files, 60, seed=3) != mutants.draw(files, 60, seed=4)
-    assert len({(change.file, change.line) for change in drawn}) == len(drawn) == 60
+    again = mutants.draw(files, 60, seed=3)
+    of_another_seed = mutants.draw(files, 60, seed=4)
+    assert drawn == again
+    assert drawn != of_another_seed
+    lines = {(change.file, change.line) for change in drawn}
+    assert len(drawn) == 60
+    assert len(lines) == 60
     for change in drawn:
         before = (bugs.HERE / change.file).read_text(encoding="utf-8")
         assert mutants.mutated(change) != before
@@ -1689,7 +1913,8 @@ def test_tests_must_be_green_without_a_mutant(toy_mutants):
 def test_mutants_are_of_files_that_have_tests(capsys):
     with pytest.raises(SystemExit) as stop:
         mutants.main(["1", "test_all.py"])
-    assert stop.value.code == 2 and "test_all.py: choose of" in capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "test_all.py: choose of" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- bad_input.py
@@ -1703,15 +1928,19 @@ def bad_home(tmp_path_factory):
 
 def test_bad_inputs_are_many_and_of_every_script(bad_home):
     cases = bad_input.all_cases(bad_home)
-    assert len(cases) > 2000 and {case.script for case in cases} == set(bad_input.SCRIPTS)
+    scripts = {case.script for case in cases}
+    assert len(cases) > 2000
+    assert scripts == set(bad_input.SCRIPTS)
     assert cases == bad_input.all_cases(bad_home)
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_bad_inputs_end_in_one_line(part, bad_home):
     """One in a hundred of them; python -m lessons.bad_input tries them all."""
-    for case in bad_input.all_cases(bad_home)[25 * part::100]:
-        assert bad_input.try_here(case, bad_home) == {}, (case.script, case.what)
+    cases = bad_input.all_cases(bad_home)
+    for case in cases[25 * part::100]:
+        faults = bad_input.try_here(case, bad_home)
+        assert faults == {}, (case.script, case.what)
 
 
 def bad_case(**changes):
@@ -1721,12 +1950,17 @@ def bad_case(**changes):
 
 def test_good_input_is_accepted(bad_home):
     for script in ("sft.py", "dpo.py", "reward_model.py", "ppo.py", "grpo.py", "cai.py"):
-        assert bad_input.try_here(bad_case(script=script), bad_home) == {"accepted": "in silence"}, script
+        case = bad_case(script=script)
+        faults = bad_input.try_here(case, bad_home)
+        assert faults == {"accepted": "in silence"}, script
 
 
 def test_what_counts_as_a_fault():
+    case = bad_case()
+
     def faults(code=2, errors="error: line 3\n", seconds=1, wrote=False, before={}):
-        return set(bad_input.judge(bad_case(), code, errors, seconds, wrote, before))
+        found = bad_input.judge(case, code, errors, seconds, wrote, before)
+        return set(found)
     assert faults() == set()
     assert faults(code=1) == {"exit code"}
     assert faults(errors="usage\nerror: line 3\n") == {"not one line"}
@@ -1741,7 +1975,8 @@ def test_a_traceback_is_a_fault(bad_home, monkeypatch):
         return {}["mine"]
     monkeypatch.setattr(dpo, "read_pairs", broken)
     faults = bad_input.try_here(bad_case(), bad_home)
-    assert list(faults) == ["traceback"] and "KeyError: 'mine'" in faults["traceback"]
+    assert list(faults) == ["traceback"]
+    assert "KeyError: 'mine'" in faults["traceback"]
 
 
 def test_what_is_written_is_seen(tmp_path):
@@ -1763,7 +1998,11 @@ def test_a_folder_of_two_runs_is_not_whole(bad_home, tmp_path):
     assert not bad_input.is_whole(tmp_path / "m")       # its weights are not all one number
 
 
-@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["--kill"], 2), (["--kill", "x"], 2), (["x.py"], 2)])
+@pytest.mark.parametrize("arguments, code", [
+    (["--help"], 0),
+    (["--kill"], 2),
+    (["--kill", "x"], 2),
+    (["x.py"], 2)])
 def test_what_bad_input_makes_of_its_arguments(arguments, code, capsys):
     assert bad_input.main(arguments) == code
     assert "python -m lessons.bad_input" in capsys.readouterr().out
@@ -1778,20 +2017,30 @@ def test_operations_are_the_docstrings_example():
 
 
 def products_counted(run):
-    """Operations of all products of matrices in a call, by PyTorch's own count, but for attention's."""
+    """Operations of all products of matrices in a call, by PyTorch's own count, but for
+    attention's. -> what the call returns, their number"""
     from torch.utils.flop_counter import FlopCounterMode
     with FlopCounterMode(display=False) as counter:
         value = run()
     counts = counter.get_flop_counts()["Global"]
-    return value, sum(n for op, n in counts.items() if "attention" not in str(op) and "bmm" not in str(op))
+    products = 0
+    for op, count in counts.items():
+        is_attention = "attention" in str(op) or "bmm" in str(op)
+        if not is_attention:
+            products += count
+    return value, products
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_operations_are_those_that_a_profiler_counts(tie):
     model = tiny_model(tie=tie)
-    (_, tokens), products = products_counted(lambda: speed.forward_and_backward(model, 2, 8))
+
+    def run():
+        return speed.forward_and_backward(model, 2, 8)
+    (_, tokens), products = products_counted(run)
     assert tokens == 14         # of 16 two are the first of their rows: nothing predicts them
-    assert products / 5 == pytest.approx(speed.operations(model, tokens), rel=0.001)
+    products_of_one = products / 5
+    assert products_of_one == pytest.approx(speed.operations(model, tokens), rel=0.001)
 
 
 def test_a_step_of_sft_costs_less_than_6_n_n_as_the_docstring_says():
@@ -1799,22 +2048,41 @@ def test_a_step_of_sft_costs_less_than_6_n_n_as_the_docstring_says():
     model, tokenizer = load(config.init)
     examples, _ = sft.read_examples(config, tokenizer, model.config.max_len)
     lengths = [1 + len(example.ids) // 40 for example in examples]
-    stream = house.batches(examples, lengths, config.batch, torch.Generator().manual_seed(0))
-    batches = [M.collate(next(stream), tokenizer, "cpu") for _ in range(config.steps)]
-    different = [len(M.different_tokens(ids[:, :-1], mask[:, :-1]).place) for ids, mask, _ in batches]
-    answers = [answer[:, 1:].sum().item() for _, _, answer in batches]
-    assert np.mean(different) == pytest.approx(2250, abs=25) and np.mean(answers) == pytest.approx(1240, abs=5)
+    generator = torch.Generator().manual_seed(0)
+    stream = house.batches(examples, lengths, config.batch, generator)
+    batches = []
+    for _ in range(config.steps):
+        batches.append(M.collate(next(stream), tokenizer, "cpu"))
+    different = []
+    answers = []
+    for ids, mask, answer in batches:                           # (B, T) each
+        layout = M.different_tokens(ids[:, :-1], mask[:, :-1])  # a row's last predicts nothing
+        different.append(len(layout.place))
+        answers.append(answer[:, 1:].sum().item())
+    assert np.mean(different) == pytest.approx(2250, abs=25)
+    assert np.mean(answers) == pytest.approx(1240, abs=5)
 
-    ids, mask, answer = batches[0]
-    _, products = products_counted(lambda: M.token_logps(model, ids, mask, answer).sum().backward())
-    last = sum(W.numel() for W in model.blocks[-1].mlp.parameters()) + model.embed.weight.numel()
+    def run():
+        logps = M.token_logps(model, *batches[0])
+        logps.sum().backward()
+    _, products = products_counted(run)
+    last_mlp = model.blocks[-1].mlp
+    last = model.embed.weight.numel()
+    for W in last_mlp.parameters():
+        last += W.numel()
+    wanted = speed.operations(model, different[0])
     spared = 6 * last * (different[0] - answers[0])
-    assert products == pytest.approx(speed.operations(model, different[0]) - spared, rel=0.001)
-    mean = speed.operations(model, 2250) - 6 * last * (2250 - 1240)
-    assert mean == pytest.approx(10.5e9, rel=0.005) and "in\ntruth 10.5 billion" in speed.__doc__
+    assert products == pytest.approx(wanted - spared, rel=0.001)
+    mean_wanted = speed.operations(model, 2250)
+    mean_spared = 6 * last * (2250 - 1240)
+    mean = mean_wanted - mean_spared
+    assert mean == pytest.approx(10.5e9, rel=0.005)
+    assert "in\ntruth 10.5 billion" in speed.__doc__
 
 
-@pytest.mark.parametrize("devices, dtype", [({"cuda"}, torch.float32), ({"cuda", "cpu"}, torch.bfloat16)])
+@pytest.mark.parametrize("devices, dtype", [
+    ({"cuda"}, torch.float32),
+    ({"cuda", "cpu"}, torch.bfloat16)])
 def test_the_machine_is_measured_in_the_precision_of_the_blocks(monkeypatch, devices, dtype):
     from torch.utils._python_dispatch import TorchDispatchMode
     seen = []
@@ -1836,12 +2104,19 @@ def test_the_machine_is_measured_in_the_precision_of_the_blocks(monkeypatch, dev
 def test_every_answer_goes_its_full_length(monkeypatch, tie):
     """Also by a model that always says <|im_end|>; and the first call of two does not count."""
     model = tiny_model(tie=tie)
-    end = torch.tensor([M.special(tiny_tokenizer, M.END)])
+    end = M.special(tiny_tokenizer, M.END)
     drawn = []
-    monkeypatch.setattr(M, "draw", lambda probs, *args: drawn.append(len(probs)) or end.expand(len(probs)))
+
+    def draw(probs, *args):
+        count = len(probs)
+        drawn.append(count)
+        return torch.tensor([end]).expand(count)
+    monkeypatch.setattr(M, "draw", draw)
     ticks = iter([0.0, 100.0, 100.0, 102.0])
     monkeypatch.setattr(speed.time, "time", lambda: next(ticks))
-    assert speed.sampling(model, 3, speed.Config(tokens=8)) == 3 * 8 / 2
+    config = speed.Config(tokens=8)
+    rate = speed.sampling(model, 3, config)
+    assert rate == 3 * 8 / 2
     assert drawn == [3] * 8 * 2
 
 
@@ -1854,7 +2129,8 @@ def test_darts_are_thrown_on_the_processor(monkeypatch):
         return probs.argmax(-1)
     monkeypatch.setattr(M, "draw", draw)
     config = speed.Config(tokens=2, seed=7)
-    object.__setattr__(config, "device", "meta")        # a device that has no generator, as no GPU is here
+    # a device that has no generator, as no GPU is here
+    object.__setattr__(config, "device", "meta")
     speed.sampling(tiny_model(), 3, config)
     assert set(seen) == {("cpu", 7, 0, 1.0)}
 
@@ -1904,24 +2180,34 @@ def speed_run(tmp_path, monkeypatch, init):
 def test_speed_of_a_model_of_your_own(tmp_path, monkeypatch, capsys):
     save(tmp_path / "mine", tiny_model(), tiny_tokenizer)
     svg = speed_run(tmp_path, monkeypatch, "mine")
-    assert "Sampling" in svg and "256 at once" in svg and "a whole run" not in svg
+    assert "Sampling" in svg
+    assert "256 at once" in svg
+    assert "a whole run" not in svg
     shown = capsys.readouterr().out
-    assert "64 x  64 tokens" in shown and "sft" not in shown
-    assert max(len(line) for line in shown.splitlines()) < 80
+    assert "64 x  64 tokens" in shown
+    assert "sft" not in shown
+    for line in shown.splitlines():
+        assert len(line) < 80
 
 
 def test_a_gradients_share_is_that_of_the_tokens_it_learned_from(monkeypatch):
     model = tiny_model()
     sizes = []
+
+    def products_a_second(size, device):
+        sizes.append(size)
+        return 1e9
     monkeypatch.setattr(speed, "begin", lambda config: None)
     monkeypatch.setattr(speed, "load", lambda *args: (model, tiny_tokenizer))
-    monkeypatch.setattr(speed, "products_a_second", lambda size, device: sizes.append(size) or 1e9)
+    monkeypatch.setattr(speed, "products_a_second", products_a_second)
     monkeypatch.setattr(speed, "sampling", lambda *args: 1.0)
     monkeypatch.setattr(speed, "forward_and_backward", lambda *args: (2.0, 100))
+    share = speed.operations(model, 100) / 2e9
+    want = {"seconds": 2.0, "share": pytest.approx(share)}
     for device in "cpu", "cuda":
-        run = speed.train(speed.Config(init="mine", device=device, quiet=True))["numbers"]
-        want = {"seconds": 2.0, "share": pytest.approx(speed.operations(model, 100) / 2e9)}
-        assert run["gradient"] == {"64x64": want, "4x128": want}
+        config = speed.Config(init="mine", device=device, quiet=True)
+        run = speed.train(config)
+        assert run["numbers"]["gradient"] == {"64x64": want, "4x128": want}
     assert sizes == [2048, 8192]
 
 
@@ -1931,10 +2217,13 @@ def test_speed_of_the_scripts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed, "need", lambda folder: None)
     monkeypatch.setattr(speed, "time_script", lambda script, config: times)
     svg = speed_run(tmp_path, monkeypatch, speed.Config.init)
-    assert "Sampling" in svg and "seconds of a whole run" in svg and "reward_model" in svg
+    assert "Sampling" in svg
+    assert "seconds of a whole run" in svg
+    assert "reward_model" in svg
     shown = capsys.readouterr().out
     assert "reward_model       0.250      10.0     3.0\n" in shown
-    assert max(len(line) for line in shown.splitlines()) < 80
+    for line in shown.splitlines():
+        assert len(line) < 80
 
 
 def test_speed_times_one_script_and_leaves_it_as_it_was(monkeypatch):
@@ -1942,6 +2231,8 @@ def test_speed_times_one_script_and_leaves_it_as_it_was(monkeypatch):
     monkeypatch.setattr(sft.exam, "exam", lambda *args, **more: ({"gold": 0.5}, []))
     monkeypatch.setattr(sft.exam, "show_answers", lambda *args: None)
     monkeypatch.setattr(speed, "SCRIPTS", {"sft": sft})
-    times = speed.time_script(sft, speed.Config(steps=2))
+    config = speed.Config(steps=2)
+    times = speed.time_script(sft, config)
+    training = times["step"] * sft.Config.steps
     assert sft.steps is plain
-    assert times["training"] == pytest.approx(times["step"] * sft.Config.steps)
+    assert times["training"] == pytest.approx(training)
