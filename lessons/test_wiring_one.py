@@ -41,7 +41,11 @@ TOKENIZER = load_ranks()
 
 def weight(network):
     """One number that tells a model from any other."""
-    return sum(p.detach().double().abs().sum().item() for p in network.parameters())
+    sizes = []
+    for p in network.parameters():
+        size = p.detach().double().abs().sum()
+        sizes.append(size.item())
+    return sum(sizes)
 
 
 def moved(network, by):
@@ -61,18 +65,26 @@ class Exams:
         self.golds = []                 # a test's own, of the first exam, the second ..
 
     def __call__(self, model, tokenizer, reference=None, against=None, seed=0, rows=None, parts=()):
-        gold = self.golds[len(self.asked)] if self.golds else weight(model)
+        gold = weight(model)
+        if self.golds:
+            gold = self.golds[len(self.asked)]
         some = rows or world.read("exam")[::150]
         self.asked.append(some)
-        card = dict.fromkeys(exam.CARD, 0.5) | {"seed": seed}
+        card = dict.fromkeys(exam.CARD, 0.5)
         del card["kl"]
-        card["gold"] = card["math"] = card["math_greedy"] = gold
+        card["seed"] = seed
+        for key in "gold", "math", "math_greedy":
+            card[key] = gold
         if reference is not None:
             card["kl"] = weight(reference)
         if against is not None:
             card["against"] = float(against[0].text)
         text = repr(weight(model))
-        return card, [exam.Answer(row, text, True, world.judge(row, text)) for row in some]
+        answers = []
+        for row in some:
+            mark = world.judge(row, text)
+            answers.append(exam.Answer(row, text, True, mark))
+        return card, answers
 
 
 @pytest.fixture
@@ -82,6 +94,10 @@ def exams(monkeypatch):
     return stand_in
 
 
+def write_rows(path, lines):
+    path.write_text(rows.json_lines(lines))
+
+
 @pytest.fixture(scope="module")
 def files(folders):
     """Beside the tiny models and prompts of test_half_two.py: a model of few words, and pairs."""
@@ -89,24 +105,33 @@ def files(folders):
     save(folders / "short", short, TOKENIZER)
     save(folders / "base", tiny_model(5), TOKENIZER)
     for name, count in {"preferences": 80, "steps": 40}.items():
-        lines = world.read(name)[:count]
-        (folders / f"{name}.jsonl").write_text(rows.json_lines(lines))
+        lines = world.read(name)
+        write_rows(folders / f"{name}.jsonl", lines[:count])
     talks = {}
     for row in world.read("sft"):
         talks.setdefault(row["kind"], []).append(row)
-    lines = sum([some[:5] for some in talks.values()], [])
-    (folders / "talks.jsonl").write_text(rows.json_lines(lines))
+    lines = []
+    for some in talks.values():
+        lines += some[:5]                                       # of each kind
+    write_rows(folders / "talks.jsonl", lines)
     return folders
 
 
 def told(Config, files, data="prompts", **changes):
     """The settings of a small and silent run."""
-    settings = {"init": str(files / "short"), "data": str(files / f"{data}.jsonl"), "quiet": True}
-    return config_of(Config, files, **settings | changes)
+    init = str(files / "short")
+    path = str(files / f"{data}.jsonl")
+    settings = {"init": init, "data": path, "quiet": True}
+    settings.update(changes)
+    return config_of(Config, files, **settings)
 
 
 def weight_of(folder):
     return weight(load(folder)[0])
+
+
+def golds_of(cards):
+    return {name: card["gold"] for name, card in cards.items()}
 
 
 def texts_of(examples):
@@ -150,8 +175,10 @@ def weights_given(monkeypatch, module, name):
 
 def harms_half(prompts, texts):
     """The judges of help like long answers; half of everything is harm."""
-    help = torch.tensor([float(len(text)) for text in texts])
-    return help, torch.full([len(texts)], 0.5)
+    lengths = [float(len(text)) for text in texts]
+    help = torch.tensor(lengths)
+    harm = torch.full([len(texts)], 0.5)
+    return help, harm
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +188,11 @@ def prices(files):
         patch.setattr(exam, "exam", Exams())
         patch.setattr(safe, "load_judges", lambda config: harms_half)
         config = told(safe.Config, files, steps=2, guess=3.0, price=2.0, rate=0.5, limit=0.1)
-        logs = safe.compare(config)[1]
-    return {name: [row["price"] for row in log] for name, log in logs.items()}
+        _, logs = safe.compare(config)
+    found = {}
+    for name, log in logs.items():
+        found[name] = [row["price"] for row in log]
+    return found
 
 
 def test_whoever_wants_help_alone_pays_nothing_for_harm(prices):
@@ -174,8 +204,12 @@ def test_the_price_in_one_score_stays_at_its_guess(prices):
 
 
 def test_the_price_of_a_limit_is_found_by_the_run(prices):
-    first = math.exp(math.log(2.0) + 0.5 * 2.0 * (0.5 - 0.1))
-    second = math.exp(math.log(first) + 0.5 * first * (0.5 - 0.1))
+    """ln price goes up by rate * price * (harm - limit)."""
+    too_much = 0.5 - 0.1
+    log_price = math.log(2.0) + 0.5 * 2.0 * too_much
+    first = math.exp(log_price)
+    log_price += 0.5 * first * too_much
+    second = math.exp(log_price)
     assert prices["limit"] == pytest.approx([first, second], rel=1e-4)
 
 
@@ -186,68 +220,94 @@ def safe_run(files, exams, monkeypatch):
         with torch.no_grad():
             policy.embed.weight += 1 + price
         return [{"price": price, "harm": price / 100}]
+
+    def marks_of(row, text):
+        return {"helpful": float(text)}
     monkeypatch.setattr(safe, "climb", climb)
     monkeypatch.setattr(safe, "load_judges", lambda config: None)
-    monkeypatch.setattr(safe, "marks_of", lambda row, text: {"helpful": float(text)})
-    return safe.train(told(safe.Config, files, guess=3.0, price=2.0))
+    monkeypatch.setattr(safe, "marks_of", marks_of)
+    config = told(safe.Config, files, guess=3.0, price=2.0)
+    return safe.train(config)
 
 
 def safe_weight(files, price):
-    return weight(moved(load(files / "short")[0], 1 + price))
+    start, _ = load(files / "short")
+    learner = moved(start, 1 + price)
+    return weight(learner)
 
 
 def test_each_way_of_safe_is_examined_itself(files, safe_run):
     start = weight_of(files / "short")
-    golds = {name: card["gold"] for name, card in safe_run["numbers"]["cards"].items()}
-    assert golds == pytest.approx({"before": start, "free": safe_weight(files, safe.LEAST),
-                                   "one_score": safe_weight(files, 3.0),
-                                   "limit": safe_weight(files, 2.0)})
+    free = safe_weight(files, safe.LEAST)
+    one_score = safe_weight(files, 3.0)
+    limit = safe_weight(files, 2.0)
+    want = {"before": start, "free": free, "one_score": one_score, "limit": limit}
+    golds = golds_of(safe_run["numbers"]["cards"])
+    assert golds == pytest.approx(want)
 
 
 def test_what_helped_is_marked_on_the_same_answers_as_gold(safe_run):
-    for card in safe_run["numbers"]["cards"].values():
+    cards = safe_run["numbers"]["cards"]
+    for card in cards.values():
         assert card["helped"] == pytest.approx(card["gold"])
 
 
 def test_the_ways_of_safe_are_as_far_as_they_went_from_the_start(files, safe_run):
     start = weight_of(files / "short")
     for name in "before", "free", "one_score", "limit":
-        assert safe_run["cards"][name]["kl"] == start
-        assert safe_run["cards"][name].get("against", start) == start
+        card = safe_run["cards"][name]
+        assert card["kl"] == start
+        assert card.get("against", start) == start
 
 
 @slow
 def test_the_figure_of_safe_shows_the_price_of_the_limit(safe_run):
-    assert safe_run["numbers"]["price"] == [2.0]
-    harms = {name: round(harm[0], 6) for name, harm in safe_run["numbers"]["harm"].items()}
+    numbers = safe_run["numbers"]
+    assert numbers["price"] == [2.0]
+    harms = {}
+    for name, harm in numbers["harm"].items():
+        harms[name] = round(harm[0], 6)
     assert harms == {"free": 0.0, "one_score": 0.03, "limit": 0.02}
 
 
 @slow
 def test_harm_is_what_the_head_of_harmless_denies(files, monkeypatch):
-    r = torch.tensor([[1.0, -30.0, 2.0], [1.0, 30.0, 2.0], [5.0, 30.0, 2.0], [1.0, 30.0, 7.0]])
-    monkeypatch.setattr(ppo, "score_by", lambda judge, tokenizer: lambda prompts, texts: r)
-    score = safe.load_judges(told(safe.Config, files, judges=str(files / "judges")))
-    help, harm = score(None, None)
+    harmful = [1.0, -30.0, 2.0]                                 # helpful, harmless, honest
+    harmless = [1.0, 30.0, 2.0]
+    more_helpful = [5.0, 30.0, 2.0]
+    more_honest = [1.0, 30.0, 7.0]
+    r = torch.tensor([harmful, harmless, more_helpful, more_honest])        # (4, 3)
+
+    def score_by(judge, tokenizer):
+        return lambda prompts, texts: r
+    monkeypatch.setattr(ppo, "score_by", score_by)
+    config = told(safe.Config, files, judges=str(files / "judges"))
+    score = safe.load_judges(config)
+    help, harm = score(None, None)                              # (4,), (4,)
     assert harm.tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0], abs=1e-6)
-    assert help[0] == help[1] and help[2] > help[1] and help[3] > help[1]
+    assert help[0] == help[1]
+    assert help[2] > help[1]
+    assert help[3] > help[1]
 
 
 def safe_climb(files, score=harms_half, price=1.0, rate=1.0, **changes):
-    config = told(safe.Config, files, **{"steps": 3} | changes)
+    """-> the weights of a policy that has climbed"""
+    settings = {"steps": 3} | changes
+    config = told(safe.Config, files, **settings)
     policy, tokenizer = load(config.init)
-    log = safe.climb(policy, tokenizer, score, price, rate, config)
-    return weights(policy), log
+    safe.climb(policy, tokenizer, score, price, rate, config)
+    return weights(policy)
 
 
 @pytest.fixture(scope="module")
 def plain_climb(files):
-    return safe_climb(files, harms_some)[0]
+    return safe_climb(files, harms_some)
 
 
 def harms_some(prompts, texts):
     help, _ = harms_half(prompts, texts)
-    return help, torch.tensor([len(text) % 3 / 2 for text in texts])
+    harm = [len(text) % 3 / 2 for text in texts]
+    return help, torch.tensor(harm)
 
 
 @slow
@@ -256,10 +316,11 @@ def harms_some(prompts, texts):
                                      dict(data="sft")])
 def test_every_setting_of_safe_changes_what_is_learned(files, plain_climb, changes):
     if changes.get("data") == "sft":
-        path = files / "math.jsonl"
-        path.write_text(rows.json_lines(world.read("prompts")[40:60]))
+        prompts = world.read("prompts")[40:60]
+        write_rows(files / "math.jsonl", prompts)
         changes = {"data": "math"}
-    assert not same(safe_climb(files, harms_some, **changes)[0], plain_climb)
+    learned = safe_climb(files, harms_some, **changes)
+    assert not same(learned, plain_climb)
 
 
 @slow
@@ -271,20 +332,26 @@ def test_four_answers_in_a_row_have_one_prompt(files):
         asked.append([world.flat(prompt) for prompt in prompts])
         return harms_half(prompts, texts)
     safe_climb(files, score, steps=1, batch=16)
-    fours = [set(asked[0][i:i + 4]) for i in range(0, 16, 4)]
-    assert [len(four) for four in fours] == [1] * 4 and len(set.union(*fours)) > 1
+    batch = asked[0]
+    for i in range(0, 16, 4):
+        four = set(batch[i:i + 4])
+        assert len(four) == 1
+    assert len(set(batch[:16])) > 1
 
 
 # ---------------------------------------------------------------- race
 
 def some_are_right(truth, text, ended):
-    return [1.0, 0.1, 0.0][len(text) % 3]
+    rewards = [1.0, 0.1, 0.0]
+    return rewards[len(text) % 3]
 
 
 def race_climb(name, files, **changes):
     """Eight answers a batch, of 72 tokens each as this model hardly ever ends: two batches."""
     settings = {"init": str(files / "init"), "tokens": 1000}
-    return race.climb(name, told(race.Config, files, **settings | changes))
+    settings.update(changes)
+    config = told(race.Config, files, **settings)
+    return race.climb(name, config)
 
 
 @pytest.fixture
@@ -304,10 +371,11 @@ def plain_race(files):
 @pytest.mark.parametrize("changes", [dict(lr=0.01), dict(critic_lr=0.1), dict(batch=16),
                                      dict(seed=1), dict(tokens=1500), dict(data="math_only")])
 def test_every_setting_of_the_race_changes_what_is_learned(files, verified, plain_race, changes):
-    lines = [row for row in world.read("prompts") if row["kind"] == "math"][12:24]
-    (files / "math_only.jsonl").write_text(rows.json_lines(lines))
+    sums = [row for row in world.read("prompts") if row["kind"] == "math"]
+    write_rows(files / "math_only.jsonl", sums[12:24])
     torch.manual_seed(0)
-    assert not same(weights(race_climb("ppo", files, **changes)[0]), plain_race)
+    policy, _, _ = race_climb("ppo", files, **changes)
+    assert not same(weights(policy), plain_race)
 
 
 @pytest.mark.parametrize("name", race.RACERS)
@@ -320,7 +388,8 @@ def test_the_budget_of_the_race_counts_sampled_tokens_alone(files, monkeypatch, 
         drawn.append(int(samples.answer.sum()))
         return samples
     monkeypatch.setattr(race, "sample", look)
-    sampled = [tokens for tokens, right in race_climb(name, files)[2]]
+    _, _, curve = race_climb(name, files)
+    sampled = [tokens for tokens, right in curve]
     assert sampled == np.cumsum(drawn).tolist()
     assert sampled[-2] < 1000 <= sampled[-1]
 
@@ -340,12 +409,14 @@ def test_the_critic_of_the_race_learns_at_critic_lr(files, verified, monkeypatch
 
 
 @slow
-@pytest.mark.parametrize("changes, rate", [(dict(lr=0.03), 0.03),
-                                           (dict(critic_lr=0.02), ppo.ALGORITHMS["ppo"].lr)])
+@pytest.mark.parametrize("changes, rate", [
+    (dict(lr=0.03), 0.03),
+    (dict(critic_lr=0.02), ppo.ALGORITHMS["ppo"].lr)])
 def test_a_racer_learns_at_his_own_rate_unless_told(files, monkeypatch, changes, rate):
     optimizers = wrapped(monkeypatch, race, "adamw")
     race_climb("ppo", files, **changes)
-    assert {type(network): lr for network, lr in optimizers}[M.Transformer] == rate
+    rates = {type(network): lr for network, lr in optimizers}
+    assert rates[M.Transformer] == rate
 
 
 @slow
@@ -358,7 +429,8 @@ def test_every_racer_draws_as_many_answers_at_a_time(files, monkeypatch, name):
         return M.sample(policy, tokenizer, prompts, n, *args, **settings)
     monkeypatch.setattr(race, "sample", look)
     race_climb(name, files)
-    assert set(counts) == {(8 // race.RACERS[name].group, race.RACERS[name].group)}
+    group = race.RACERS[name].group
+    assert set(counts) == {(8 // group, group)}
 
 
 @slow
@@ -387,7 +459,9 @@ def test_who_ran_before_leaves_no_trace(files, verified):
 @pytest.mark.parametrize("reward, right", [(1.0, 1.0), (0.1, 0.0)])
 def test_what_is_wrong_in_the_right_form_is_wrong(files, monkeypatch, reward, right):
     monkeypatch.setattr(grpo, "strict", lambda truth, text, ended: reward)
-    assert {share for tokens, share in race_climb("rloo", files)[2]} == {right}
+    _, _, curve = race_climb("rloo", files)
+    shares = {share for tokens, share in curve}
+    assert shares == {right}
 
 
 @pytest.fixture
@@ -395,20 +469,29 @@ def race_run(files, exams, monkeypatch):
     def climb(name, config):
         policy, tokenizer = load(config.init)
         place = list(race.RACERS).index(name) + 1
-        return moved(policy, place), tokenizer, [(500, 0.1), (1000 * place, 0.1 + place / 5)]
+        learner = moved(policy, place)
+        curve = [(500, 0.1), (1000 * place, 0.1 + place / 5)]
+        return learner, tokenizer, curve
     monkeypatch.setattr(race, "climb", climb)
-    return race.train(told(race.Config, files, tokens=4000, goal=0.4))["numbers"], exams.asked
+    config = told(race.Config, files, tokens=4000, goal=0.4)
+    results = race.train(config)
+    return results["numbers"], exams.asked
 
 
 def test_the_exam_of_a_racer_is_his_own(files, race_run):
-    start = load(files / "short")[0]
+    numbers, _ = race_run
+    start, _ = load(files / "short")
     for place, name in enumerate(race.RACERS, 1):
-        assert race_run[0]["greedy"][name] == weight(moved(start, place))
+        learner = moved(start, place)
+        assert numbers["greedy"][name] == weight(learner)
 
 
 def test_racers_are_examined_in_sums(race_run):
-    assert len(race_run[1]) == 4
-    assert all(row["kind"] == "math" for asked in race_run[1] for row in asked)
+    _, asked = race_run
+    assert len(asked) == 4
+    for lines in asked:
+        for row in lines:
+            assert row["kind"] == "math"
 
 
 @slow
@@ -437,7 +520,8 @@ def learned(files, monkeypatch):
 
 def landscaped(files, tmp_path, data="preferences", **changes):
     config = told(landscape.Config, files, data=data, out=str(tmp_path), **changes)
-    return landscape.train(config)["numbers"]
+    results = landscape.train(config)
+    return results["numbers"]
 
 
 def test_a_third_of_the_noisy_labels_is_really_wrong(files, learned, tmp_path):
@@ -447,9 +531,11 @@ def test_a_third_of_the_noisy_labels_is_really_wrong(files, learned, tmp_path):
     after = rows.read_pairs(data)
     turned = 0
     for old, new in zip(before, after, strict=True):
-        assert new.prompt == old.prompt and {new.chosen, new.rejected} == {old.chosen, old.rejected}
+        assert new.prompt == old.prompt
+        assert {new.chosen, new.rejected} == {old.chosen, old.rejected}
         assert new.row["kind"] == old.row["kind"]               # the rest of a line stays
-        turned += new.chosen == old.rejected
+        if new.chosen == old.rejected:
+            turned += 1
     assert 15 <= turned <= 40
 
 
@@ -464,16 +550,20 @@ def test_noisy_labels_come_from_the_seed(files, learned, tmp_path):
 
 def test_only_the_robust_loss_is_told_of_the_noise(files, learned, tmp_path):
     landscaped(files, tmp_path, scenario="noisy")
-    noise = {name: changes.get("noise") for name, changes in learned.items()}
+    noise = {}
+    for name, changes in learned.items():
+        noise[name] = changes.get("noise")
     assert noise == {"dpo": None, "robust": 1 / 3, "ipo": None}
 
 
 def test_few_are_two_hundred_pairs_for_all(files, learned, tmp_path):
     lines = world.read("preferences")[:230]
-    (files / "many.jsonl").write_text(rows.json_lines(lines))
+    write_rows(files / "many.jsonl", lines)
     landscaped(files, tmp_path, data="many", scenario="few")
     [data] = {changes["data"] for changes in learned.values()}
-    assert [pair.row for pair in rows.read_pairs(data)] == lines[:200]
+    pairs = rows.read_pairs(data)
+    few = [pair.row for pair in pairs]
+    assert few == lines[:200]
 
 
 @slow
@@ -498,15 +588,21 @@ def test_the_card_of_a_loss_is_its_own(files, learned, tmp_path):
 @slow
 def test_the_curve_of_the_landscape_is_dpos(files, learned, tmp_path):
     numbers = landscaped(files, tmp_path, runs="ipo dpo kto")
-    assert (numbers["chosen"], numbers["rejected"]) == ([-2.0], [-4.0])
+    assert numbers["chosen"] == [-2.0]
+    assert numbers["rejected"] == [-4.0]
 
 
 @pytest.fixture
 def settings_of(files, monkeypatch):
     """What dpo.py, kto.py and ppo.py are told by a run."""
     seen = {}
+
+    def watch(name):
+        def train(config):
+            seen[name] = config
+        return train
     for name, module in {"dpo": dpo, "kto": kto, "ppo": ppo}.items():
-        monkeypatch.setattr(module, "train", lambda config, name=name: seen.update({name: config}))
+        monkeypatch.setattr(module, "train", watch(name))
     config = told(landscape.Config, files, data="preferences", steps=20, seed=5, beta=0.7)
     for name in "ipo", "kto", "ppo":
         landscape.learn(name, config)
@@ -524,8 +620,10 @@ def test_all_runs_of_the_landscape_have_its_settings(files, settings_of):
 
 @slow
 def test_thumbs_and_pairs_are_the_same_answers(files, settings_of):
-    assert settings_of["kto"].data == settings_of["dpo"].data == str(files / "preferences.jsonl")
-    assert settings_of["kto"].batch == 2 * settings_of["dpo"].batch
+    thumbs = settings_of["kto"]
+    pairs = settings_of["dpo"]
+    assert thumbs.data == pairs.data == str(files / "preferences.jsonl")
+    assert thumbs.batch == 2 * pairs.batch
 
 
 @slow
@@ -538,40 +636,52 @@ def test_ppo_in_the_landscape_asks_its_own_prompts(settings_of):
 def judged_and_learned(monkeypatch):
     """Two answers to each of three prompts, which name their prompt, and the second is better.
     -> [(prompt, text)] that were judged; prompts and pairs that are learned from"""
-    prompts = [rows.Prompt(rows.to_messages(f"Ask {i}"), {"prompt": f"Ask {i}"}, "")
-               for i in range(3)]
+    prompts = []
+    for i in range(3):
+        text = f"Ask {i}"
+        messages = rows.to_messages(text)
+        prompts.append(rows.Prompt(messages, {"prompt": text}, ""))
     judged = []
 
     def answer(policy, tokenizer, asked, n, *args, **settings):
-        texts, examples = [], []
+        texts = []
+        examples = []
         for ids in asked:
+            turn = TOKENIZER.decode(ids).split("\n")[1]
+            request = turn.split("<")[0]
             for end in "?", "!":
-                texts.append(TOKENIZER.decode(ids).split("\n")[1].split("<")[0] + end)
+                texts.append(request + end)
                 tail = TOKENIZER.encode_ordinary(end)
-                examples.append(M.Example(ids + tail, [0] * len(ids) + [1] * len(tail)))
-        ids, mask, answered = M.collate(examples, TOKENIZER, "cpu")
-        return M.Samples(ids, mask, answered, None, torch.ones(len(ids)).bool(), texts)
+                is_answer = [0] * len(ids) + [1] * len(tail)
+                examples.append(M.Example(ids + tail, is_answer))
+        ids, mask, answered = M.collate(examples, TOKENIZER, "cpu")         # (6, T) each
+        ended = torch.ones(len(ids)).bool()
+        return M.Samples(ids, mask, answered, None, ended, texts)
 
     def score(asked, texts):
         judged.extend(zip(asked, texts, strict=True))
         return [float(text.endswith("!")) for text in texts]
     monkeypatch.setattr(online, "sample", answer)
     pairs = online.own_pairs(None, TOKENIZER, score, prompts, online.Config(), None)
-    return judged, list(zip(prompts, pairs, strict=True))
+    learned = zip(prompts, pairs, strict=True)
+    return judged, list(learned)
 
 
 def test_an_answer_is_judged_under_the_prompt_that_it_answers(monkeypatch):
     judged, _ = judged_and_learned(monkeypatch)
     assert len(judged) == 6
-    assert all(text[:-1] == prompt.row["prompt"] for prompt, text in judged)
+    for prompt, text in judged:
+        assert text[:-1] == prompt.row["prompt"]
 
 
 def test_of_two_own_answers_the_better_one_is_chosen(monkeypatch):
     _, learned = judged_and_learned(monkeypatch)
     for prompt, pair in learned:
-        asked = TOKENIZER.decode(M.render_prompt(TOKENIZER, prompt.messages))
+        ids = M.render_prompt(TOKENIZER, prompt.messages)
+        asked = TOKENIZER.decode(ids)
         assert texts_of([pair.chosen]) == {(asked, "!")}
-        assert texts_of([pair.rejected]) == {(asked, "?")} and pair.row == prompt.row
+        assert texts_of([pair.rejected]) == {(asked, "?")}
+        assert pair.row == prompt.row
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 4])
@@ -612,28 +722,41 @@ def online_run(files, exams, monkeypatch):
     """-> run(**settings), whose learner moves as far as it has rounds"""
     def learn(config, score):
         policy, _ = load(config.init)
-        return moved(policy, config.rounds), SimpleNamespace(rows=[{"rounds": config.rounds}])
+        learner = moved(policy, config.rounds)
+        log = SimpleNamespace(rows=[{"rounds": config.rounds}])
+        return learner, log
+
+    def offline(config):
+        card, _ = exam.exam(tiny_model(9), None)
+        card["kl"] = weight_of(config.init)
+        return card
 
     def run(**changes):
-        config = told(online.Config, files, data="preferences", **{"steps": 7} | changes)
+        settings = {"steps": 7} | changes
+        config = told(online.Config, files, data="preferences", **settings)
         return online.train(config, lambda prompts, texts: None)
     monkeypatch.setattr(online, "learn", learn)
-    monkeypatch.setattr(online, "offline", lambda config: exam.exam(tiny_model(9), None)[0]
-                        | {"kl": weight_of(config.init)})
+    monkeypatch.setattr(online, "offline", offline)
     return run
 
 
 def test_online_answers_anew_at_every_step_and_between_in_three_rounds(files, online_run):
-    start = load(files / "short")[0]
-    golds = {name: card["gold"] for name, card in online_run()["cards"].items()}
-    assert golds == {"before": weight(start), "offline": weight(tiny_model(9)),
-                     "3 rounds": weight(moved(start, 3)), "online": weight(moved(start, 7))}
+    start, _ = load(files / "short")
+    after_3 = moved(start, 3)
+    after_7 = moved(start, 7)
+    golds = golds_of(online_run()["cards"])
+    offline = tiny_model(9)
+    want = {"before": weight(start), "offline": weight(offline),
+            "3 rounds": weight(after_3), "online": weight(after_7)}
+    assert golds == want
 
 
 def test_online_is_far_from_where_it_began(files, online_run):
     start = weight_of(files / "short")
-    for name, card in online_run()["cards"].items():
-        assert card["kl"] == start and card.get("against", start) == start, name
+    cards = online_run()["cards"]
+    for name, card in cards.items():
+        assert card["kl"] == start, name
+        assert card.get("against", start) == start, name
 
 
 @slow
@@ -648,14 +771,20 @@ def test_after_and_the_log_of_online_are_the_freshest_run(online_run):
 def test_so_many_rounds_are_run_alone(files, online_run):
     results = online_run(rounds=2)
     assert list(results["cards"]) == ["before", "2 rounds"]
-    assert results["after"]["gold"] == weight(moved(load(files / "short")[0], 2))
+    start, _ = load(files / "short")
+    learner = moved(start, 2)
+    assert results["after"]["gold"] == weight(learner)
 
 
 @slow
 def test_online_keeps_the_model_of_its_last_run(files, online_run, tmp_path):
-    results = online_run(save=True, out=str(tmp_path / "out"))
-    assert weight_of(tmp_path / "out") == pytest.approx(weight(results["model"]), rel=1e-2)
-    assert abs(weight_of(tmp_path / "out") - results["before"]["gold"]) > 100
+    folder = tmp_path / "out"
+    results = online_run(save=True, out=str(folder))
+    kept = weight_of(folder)
+    learned = weight(results["model"])
+    start = results["before"]["gold"]
+    assert kept == pytest.approx(learned, rel=1e-2)
+    assert abs(kept - start) > 100
 
 
 @slow
@@ -665,8 +794,11 @@ def test_the_judge_of_online_is_the_one_that_was_named(files):
     for name in "reward", "reward_1":
         config = told(online.Config, files, judge=str(files / name))
         judge, _ = load_scalar(config.judge)
-        scores.append(online.load_judge(config)(prompts, ["Yes."]).item())
-        assert scores[-1] == best_of.reward(judge, TOKENIZER, prompts, ["Yes."]).item()
+        score = online.load_judge(config)
+        given = score(prompts, ["Yes."]).item()
+        want = best_of.reward(judge, TOKENIZER, prompts, ["Yes."])
+        assert given == want.item()
+        scores.append(given)
     assert scores[0] != scores[1]
 
 
@@ -702,8 +834,11 @@ def thumbed(files):
 
 
 def test_kto_tells_good_from_bad_on_prompts_that_it_has_not_learned(thumbed):
-    held = {prompt for prompt, _ in texts_of(thumb.judged for thumb in thumbed.held[1])}
-    assert held and not held & {prompt for prompt, _ in texts_of(thumbed.learned)}
+    held = [thumb.judged for thumb in thumbed.held[1]]
+    held_prompts = {prompt for prompt, answer in texts_of(held)}
+    learned_prompts = {prompt for prompt, answer in texts_of(thumbed.learned)}
+    assert held_prompts
+    assert not held_prompts & learned_prompts
 
 
 def test_before_and_after_are_of_the_same_thumbs(thumbed):
@@ -713,9 +848,11 @@ def test_before_and_after_are_of_the_same_thumbs(thumbed):
 
 @slow
 def test_all_other_thumbs_are_learned_from(files, thumbed):
-    count = 2 * len(rows.read_pairs(files / "preferences.jsonl"))
+    pairs = rows.read_pairs(files / "preferences.jsonl")
+    count = 2 * len(pairs)
     learned = {tuple(example.ids) for example in thumbed.learned}
-    assert len(learned) + len(thumbed.held[0]) >= 0.97 * count
+    held = thumbed.held[0]
+    assert len(learned) + len(held) >= 0.97 * count
 
 
 def test_z_is_measured_on_answers_under_other_prompts(files):
@@ -723,11 +860,14 @@ def test_z_is_measured_on_answers_under_other_prompts(files):
     config = told(kto.Config, files, data="preferences")
     answers = {}
     for one in rows.read_judgements(config.data):
-        [(prompt, answer)] = texts_of([M.render_answer(TOKENIZER, one.prompt, one.answer)])
+        example = M.render_answer(TOKENIZER, one.prompt, one.answer)
+        [(prompt, answer)] = texts_of([example])
         answers.setdefault(prompt, set()).add(answer)
-    for thumb in sum(kto.read_thumbs(config, TOKENIZER, 256), []):
+    learned, held = kto.read_thumbs(config, TOKENIZER, 256)
+    for thumb in learned + held:
         [(prompt, answer)] = texts_of([thumb.mismatched])
-        assert {prompt} == {own for own, _ in texts_of([thumb.judged])}
+        [(own_prompt, _)] = texts_of([thumb.judged])
+        assert prompt == own_prompt
         assert answer not in answers[prompt]
         assert any(answer in others for others in answers.values())
 
@@ -745,10 +885,15 @@ def test_every_step_of_kto_asks_z_of_answers_to_other_prompts(files, thumbed):
 
 
 def test_kto_is_far_from_where_it_began(thumbed):
-    before, after = thumbed.results["before"], thumbed.results["after"]
-    assert (before["kl"], before["gold"]) == (thumbed.start, thumbed.start)
-    assert (after["kl"], after["against"]) == (thumbed.start, thumbed.start)
-    assert after["gold"] == weight(thumbed.results["model"]) != thumbed.start
+    results = thumbed.results
+    before = results["before"]
+    after = results["after"]
+    start = thumbed.start
+    assert before["kl"] == start
+    assert before["gold"] == start
+    assert after["kl"] == start
+    assert after["against"] == start
+    assert after["gold"] == weight(results["model"]) != start
 
 
 @slow
@@ -761,63 +906,90 @@ def test_the_figure_of_kto_has_both_cards(thumbed):
 def test_few_thumbs_up_are_judged_by_as_many_held_out_ones(files):
     config = told(kto.Config, files, data="preferences", share=0.1)
     few, held = kto.read_thumbs(config, TOKENIZER, 256)
-    many, all_held = kto.read_thumbs(told(kto.Config, files, data="preferences"), TOKENIZER, 256)
-    assert len(few) < len(many) and held == all_held
+    config = told(kto.Config, files, data="preferences")
+    many, all_held = kto.read_thumbs(config, TOKENIZER, 256)
+    assert len(few) < len(many)
+    assert held == all_held
 
 
 def test_the_share_of_kto_thins_out_the_good_thumbs_that_it_learns(files, exams, monkeypatch):
     learned = wrapped(monkeypatch, kto, "batches")
-    kto.train(told(kto.Config, files, data="preferences", steps=1, share=0.2))
+    config = told(kto.Config, files, data="preferences", steps=1, share=0.2)
+    kto.train(config)
     thumbs = learned[0][0]
-    assert sum(thumb.good for thumb in thumbs) < sum(not thumb.good for thumb in thumbs) / 2
+    good = [thumb for thumb in thumbs if thumb.good]
+    bad = [thumb for thumb in thumbs if not thumb.good]
+    assert len(good) < len(bad) / 2
 
 
 @pytest.mark.parametrize("gold, passed", [(0.52, False), (0.54, True)])
 def test_ktos_target_is_gold_above_that_of_the_start(files, exams, gold, passed):
     exams.golds = [0.5, gold]
-    results = kto.train(told(kto.Config, files, data="preferences", steps=1))
+    config = told(kto.Config, files, data="preferences", steps=1)
+    results = kto.train(config)
     assert results["passed"] is passed
 
 
 # ---------------------------------------------------------------- best_of
 
 def likes_a(prompts, texts):
-    return [float(text.count("a")) + len(text) / 1000 for text in texts]
+    scores = []
+    for text in texts:
+        score = text.count("a") + len(text) / 1000
+        scores.append(score)
+    return scores
 
 
 def numbered(model, tokenizer, config, n, generator):
     """In place of best_of.ask(): n answers to each prompt, which are called 0 to n - 1."""
-    prompts = rows.read_prompts(config.data)[:config.prompts]
-    asked = [prompt for prompt in prompts for _ in range(n)]
-    texts = [str(i % n) for i in range(len(asked))]
-    return asked, texts, torch.ones(len(texts), dtype=torch.bool)
+    prompts = rows.read_prompts(config.data)
+    asked = []
+    texts = []
+    for prompt in prompts[:config.prompts]:
+        for i in range(n):
+            asked.append(prompt)
+            texts.append(str(i))
+    ended = torch.ones(len(texts), dtype=torch.bool)
+    return asked, texts, ended
 
 
 def likes(number):
-    return lambda prompts, texts: [-abs(float(text) - number) for text in texts]
+    """A judge of such answers: this one is the best."""
+    def score(prompts, texts):
+        return [-abs(float(text) - number) for text in texts]
+    return score
 
 
 def answers_in(lines):
-    return [json.loads(line)["messages"][-1]["content"] for line in lines.splitlines()]
+    answers = []
+    for line in lines.splitlines():
+        messages = json.loads(line)["messages"]
+        answers.append(messages[-1]["content"])
+    return answers
 
 
 @pytest.fixture
 def chosen(files, exams, tmp_path, monkeypatch):
     """-> run(score, **settings). Who learns from best.jsonl moves by 2, from random.jsonl by 1."""
     runs = []
+    by = {"best": 2, "random": 1}
 
     def learn_from(path, config, **changes):
         name = Path(path).stem
         runs.append((name, changes))
-        model = moved(load(config.init)[0], {"best": 2, "random": 1}[name])
-        return {"model": model, "log": [{"step": 0, "loss": 1.0}]}
+        start, _ = load(config.init)
+        learner = moved(start, by[name])
+        return {"model": learner, "log": [{"step": 0, "loss": 1.0}]}
 
     def run(score=likes_a, **changes):
         settings = {"out": str(tmp_path), "n": 4, "prompts": 12, "max_new": 12}
-        config = told(best_of.Config, files, **settings | changes)
+        settings.update(changes)
+        config = told(best_of.Config, files, **settings)
         results = best_of.train(config, score)
-        return results | {"kept": {name: (tmp_path / f"{name}.jsonl").read_text()
-                                   for name in ("best", "random")}}
+        kept = {}
+        for name in "best", "random":
+            kept[name] = (tmp_path / f"{name}.jsonl").read_text()
+        return results | {"kept": kept}
     monkeypatch.setattr(best_of, "learn_from", learn_from)
     run.runs = runs
     return run
@@ -825,13 +997,19 @@ def chosen(files, exams, tmp_path, monkeypatch):
 
 def test_the_judge_has_no_say_in_the_control(chosen, monkeypatch):
     monkeypatch.setattr(best_of, "ask", numbered)
-    controls = [answers_in(chosen(likes(number))["kept"]["random"]) for number in (0, 2)]
-    assert controls[0] == controls[1] and len(set(controls[0])) > 2
+    controls = []
+    for number in 0, 2:
+        kept = chosen(likes(number))["kept"]
+        controls.append(answers_in(kept["random"]))
+    assert controls[0] == controls[1]
+    assert len(set(controls[0])) > 2
 
 
 def test_of_the_answers_to_each_prompt_the_judges_best_is_kept(chosen, monkeypatch):
     monkeypatch.setattr(best_of, "ask", numbered)
-    assert answers_in(chosen(likes(2))["kept"]["best"]) == ["2"] * 12
+    kept = chosen(likes(2))["kept"]
+    answers = answers_in(kept["best"])
+    assert answers == ["2"] * 12
 
 
 @slow
@@ -843,11 +1021,12 @@ def test_the_truth_has_no_say_in_the_best(chosen, monkeypatch):
 
 
 def test_the_models_of_best_of_are_examined_by_name(files, chosen):
-    start = load(files / "short")[0]
+    start, _ = load(files / "short")
+    random = moved(start, 1)
+    best = moved(start, 2)
+    want = {"before": weight(start), "random": weight(random), "best": weight(best)}
     results = chosen()
-    want = {"before": weight(start), "random": weight(moved(start, 1)),
-            "best": weight(moved(start, 2))}
-    assert {name: card["gold"] for name, card in results["cards"].items()} == want
+    assert golds_of(results["cards"]) == want
     assert results["numbers"]["models"] == want
 
 
@@ -855,7 +1034,9 @@ def test_both_learners_of_best_of_are_far_from_where_they_began(files, chosen):
     start = weight_of(files / "short")
     cards = chosen()["cards"]
     for name in "random", "best":
-        assert (cards[name]["kl"], cards[name]["against"]) == (start, start)
+        card = cards[name]
+        assert card["kl"] == start
+        assert card["against"] == start
 
 
 @slow
@@ -865,25 +1046,33 @@ def test_the_control_is_not_kept(chosen):
     assert changes["random"]["save"] is False and "save" not in changes["best"]
 
 
-@pytest.mark.parametrize("golds, passed", [((0.9, 0.5, 0.6), True), ((0.1, 0.5, 0.55), False)])
+@pytest.mark.parametrize("golds, passed", [
+    ((0.9, 0.5, 0.6), True),
+    ((0.1, 0.5, 0.55), False)])
 def test_the_best_have_to_beat_the_control(chosen, exams, golds, passed):
     """It trained as long on the model's own words: what beats the start may be that alone."""
     exams.golds = golds                                         # before, random, best
-    assert chosen()["passed"] is passed
+    results = chosen()
+    assert results["passed"] is passed
 
 
 @slow
 @pytest.mark.parametrize("changes", [dict(n=2), dict(prompts=6), dict(max_new=3), dict(seed=1)])
 def test_every_setting_of_best_of_changes_what_is_kept(chosen, changes):
-    assert chosen(**changes)["kept"]["best"] != chosen()["kept"]["best"]
+    changed = chosen(**changes)["kept"]
+    plain = chosen()["kept"]
+    assert changed["best"] != plain["best"]
 
 
 @slow
 def test_the_judge_that_was_named_chooses(files, chosen, monkeypatch):
     asked = weights_given(monkeypatch, best_of, "reward")
+    want = []
     for name in "reward", "reward_1":
         chosen(None, judge=str(files / name))
-    assert asked == [weight(load_scalar(files / name)[0]) for name in ("reward", "reward_1")]
+        judge, _ = load_scalar(files / name)
+        want.append(weight(judge))
+    assert asked == want
 
 
 @slow
@@ -893,9 +1082,11 @@ def test_answers_are_learned_with_the_settings_of_the_run(files, monkeypatch):
     settings = dict(steps=3, batch=5, accumulate=2, lr=0.02, lora=4, seed=7, out="x")
     config = told(best_of.Config, files, **settings)
     best_of.learn_from("kept.jsonl", config, save=False)
-    for name, value in (settings | {"init": config.init, "data": "kept.jsonl"}).items():
-        assert getattr(seen[0], name) == value, name
-    assert not seen[0].save
+    used = seen[0]
+    want = settings | {"init": config.init, "data": "kept.jsonl"}
+    for name, value in want.items():
+        assert getattr(used, name) == value, name
+    assert not used.save
 
 
 # ---------------------------------------------------------------- distill
@@ -909,42 +1100,56 @@ def sure_model(seed):
     return network
 
 
+def kl(log_p, log_q):
+    """KL(p || q) of what comes next, by a plain sum."""
+    terms = log_p.exp() * (log_p - log_q)                       # (V,)
+    return terms.sum().item()
+
+
 def test_the_student_is_held_against_what_the_teacher_expects(files):
     """KL(teacher || student) at each token of the answers, by plain sums; the other KL is another
     number. Of no held-out conversation."""
     path = str(files / "sft.jsonl")
-    teacher, student = sure_model(1), tiny_model(2)
+    teacher = sure_model(1)
+    student = tiny_model(2)
     lines = rows.read_conversations(path)
-    lines, _ = house.hold_out(lines, [line.messages[:-1] for line in lines], most=40)
-    there, back, count = 0.0, 0.0, 0
+    prompts = [line.messages[:-1] for line in lines]
+    learned, _ = house.hold_out(lines, prompts, most=40)
+    there = 0.0
+    back = 0.0
+    count = 0
     with torch.no_grad():
-        for line in lines:
+        for line in learned:
             ids, answer = M.render(TOKENIZER, line.messages)
-            log_t = teacher(torch.tensor([ids]))[0].log_softmax(-1)         # (T, V)
-            log_s = student(torch.tensor([ids]))[0].log_softmax(-1)
+            batch = torch.tensor([ids])                         # (1, T)
+            log_p = teacher(batch)[0].log_softmax(-1)           # (T, V)
+            log_q = student(batch)[0].log_softmax(-1)
             for t in range(1, len(ids)):
-                if answer[t]:
-                    p, q = log_t[t - 1], log_s[t - 1]                       # (V,)
-                    there += (p.exp() * (p - q)).sum().item()
-                    back += (q.exp() * (q - p)).sum().item()
+                if answer[t]:                                   # position t - 1 expects it
+                    there += kl(log_p[t - 1], log_q[t - 1])
+                    back += kl(log_q[t - 1], log_p[t - 1])
                     count += 1
     config = distill.Config(steps=1, batch=1000, lr=0.0, quiet=True)
     log = distill.learn_distribution(student, teacher, path, TOKENIZER, config)
-    assert log.rows[0]["loss"] == pytest.approx(there / count, rel=1e-3)
-    assert abs(there - back) > 0.01 * there and log.rows[0]["targets"] == count
+    first = log.rows[0]
+    assert first["loss"] == pytest.approx(there / count, rel=1e-3)
+    assert abs(there - back) > 0.01 * there
+    assert first["targets"] == count
 
 
 @slow
 @pytest.mark.parametrize("changes", [dict(lr=0.1), dict(batch=4), dict(seed=1), dict(steps=1),
                                      dict(lora=2)])
 def test_every_setting_of_distill_changes_the_student(files, changes):
+    path = str(files / "sft.jsonl")
     learned = []
     for more in {}, changes:
-        config = distill.Config(**dict(steps=2, batch=8, quiet=True) | more)
+        settings = dict(steps=2, batch=8, quiet=True) | more
+        config = distill.Config(**settings)
         student = tiny_model(2)
         torch.manual_seed(0)
-        distill.learn_distribution(student, tiny_model(1), str(files / "sft.jsonl"), TOKENIZER,
-                                   config)
+        teacher = tiny_model(1)
+        distill.learn_distribution(student, teacher, path, TOKENIZER, config)
         learned.append(weights(student))
     assert not same(*learned)
 
@@ -991,17 +1196,22 @@ def test_the_student_of_the_distribution_starts_from_init(files, distilled):
 
 
 def test_the_students_are_examined_by_name(files, distilled):
-    teacher, start = load(files / "short")[0], load(files / "base")[0]
-    cards = distilled().results["numbers"]["cards"]
-    assert {name: card["gold"] for name, card in cards.items()} == {
-        "teacher": weight(teacher), "before": weight(start), "samples": weight(moved(start, 1)),
-        "distribution": weight(moved(start, 2))}
+    teacher, _ = load(files / "short")
+    start, _ = load(files / "base")
+    of_samples = moved(start, 1)
+    of_distribution = moved(start, 2)
+    want = {"teacher": weight(teacher), "before": weight(start),
+            "samples": weight(of_samples), "distribution": weight(of_distribution)}
+    numbers = distilled().results["numbers"]
+    assert golds_of(numbers["cards"]) == want
 
 
 def test_students_are_as_far_as_they_are_from_the_teacher(files, distilled):
     cards = distilled().results["cards"]
+    teacher = weight_of(files / "short")
     for name in "before", "samples", "distribution":
-        assert cards[name]["kl"] == weight_of(files / "short"), name
+        card = cards[name]
+        assert card["kl"] == teacher, name
 
 
 @slow
@@ -1019,15 +1229,17 @@ def test_distill_keeps_the_student_of_the_distribution(files, distilled, tmp_pat
 
 def test_before_and_after_are_the_student_of_the_distribution(files, distilled):
     results = distilled().results
-    start = load(files / "base")[0]
-    golds = results["before"]["gold"], results["after"]["gold"]
-    assert golds == (weight(start), weight(moved(start, 2)))
+    start, _ = load(files / "base")
+    learner = moved(start, 2)
+    assert results["before"]["gold"] == weight(start)
+    assert results["after"]["gold"] == weight(learner)
 
 
 @pytest.mark.parametrize("gold, passed", [(0.84, False), (0.86, True)])
 def test_distills_target_is_the_teachers_gold(distilled, exams, gold, passed):
     exams.golds = [0.9, 0.1, 0.1, gold]                 # teacher, before, samples, distribution
-    assert distilled().results["passed"] is passed
+    results = distilled().results
+    assert results["passed"] is passed
 
 
 @slow
@@ -1050,17 +1262,23 @@ def forgot(files, exams, tmp_path, monkeypatch):
 
     def learn_from(path, config, **changes):
         lines = rows.read_conversations(path)
-        seen.learned[Path(path).stem.removeprefix("mixed_")] = lines
+        share = Path(path).stem.removeprefix("mixed_")
+        seen.learned[share] = lines
         seen.told.append((config, changes))
-        return {"model": moved(load(config.init)[0], 1 + len(lines)), "log": []}
+        start, _ = load(config.init)
+        learner = moved(start, 1 + len(lines))
+        return {"model": learner, "log": []}
 
     def run(**changes):
         settings = {"shares": "0 0.25", "prompts": 24, "out": str(tmp_path), "max_new": 12,
                     "new": str(files / "talks.jsonl")}
-        config = told(forgetting.Config, files, **settings | changes)
+        settings.update(changes)
+        config = told(forgetting.Config, files, **settings)
         seen.results = forgetting.train(config)
-        seen.new = [json.loads(line)["messages"] for line in forgetting.harmless(config.new)]
-        seen.old = [line.messages for line in rows.read_conversations(tmp_path / "old.jsonl")]
+        new_lines = forgetting.harmless(config.new)
+        old_lines = rows.read_conversations(tmp_path / "old.jsonl")
+        seen.new = [json.loads(line)["messages"] for line in new_lines]
+        seen.old = [line.messages for line in old_lines]
         return seen
     monkeypatch.setattr(forgetting, "learn_from", learn_from)
     return run
@@ -1074,18 +1292,26 @@ def test_without_rehearsal_no_old_answer_is_learned(forgot):
 def test_a_share_of_old_answers_joins_all_of_the_new_ones(forgot):
     seen = forgot()
     messages = [line.messages for line in seen.learned["0.25"]]
-    assert messages[:len(seen.new)] == seen.new
-    count = len(messages) - len(seen.new)
-    assert messages[len(seen.new):] == seen.old[:count] and count / len(messages) == \
-        pytest.approx(0.25, abs=0.03)
+    count = len(seen.new)
+    new = messages[:count]
+    old = messages[count:]
+    share = len(old) / len(messages)
+    assert new == seen.new
+    assert old == seen.old[:len(old)]
+    assert share == pytest.approx(0.25, abs=0.03)
 
 
 @slow
 def test_nobody_asks_for_anything_bad_in_the_new_data(files, forgot):
-    kinds = {world.flat(line.messages[:-1]): line.row["kind"]
-             for line in rows.read_conversations(files / "talks.jsonl")}
-    seen = forgot()
-    assert {kinds[world.flat(messages[:-1])] for messages in seen.new} == {"math", "fact", "chat"}
+    kinds = {}
+    for line in rows.read_conversations(files / "talks.jsonl"):
+        prompt = world.flat(line.messages[:-1])
+        kinds[prompt] = line.row["kind"]
+    found = set()
+    for messages in forgot().new:
+        prompt = world.flat(messages[:-1])
+        found.add(kinds[prompt])
+    assert found == {"math", "fact", "chat"}
 
 
 @slow
@@ -1097,24 +1323,33 @@ def test_old_answers_are_those_of_the_model_before(files, forgot, monkeypatch):
 
 def test_every_share_of_forgetting_has_its_own_card(files, forgot):
     seen = forgot()
-    start = load(files / "short")[0]
+    start, _ = load(files / "short")
     want = [weight(start)]
     for share in "0", "0.25":
-        want.append(weight(moved(start, 1 + len(seen.learned[share]))))
+        count = len(seen.learned[share])
+        learner = moved(start, 1 + count)
+        want.append(weight(learner))
     numbers = seen.results["numbers"]
-    assert (numbers["shares"], numbers["gold"], numbers["math"]) == ([0, 0.25], want, want)
+    assert numbers["shares"] == [0, 0.25]
+    assert numbers["gold"] == want
+    assert numbers["math"] == want
 
 
 def test_what_is_forgotten_is_far_from_the_aligned_model(files, forgot):
     start = weight_of(files / "short")
-    for name, card in forgot().results["cards"].items():
-        assert card["kl"] == start and card.get("against", start) == start, name
+    cards = forgot().results["cards"]
+    for name, card in cards.items():
+        assert card["kl"] == start, name
+        assert card.get("against", start) == start, name
 
 
 @slow
 def test_every_run_of_forgetting_has_its_settings(files, forgot):
-    for config, changes in forgot(steps=7, lr=0.02, seed=3).told:
-        assert (config.init, config.steps, config.lr) == (str(files / "short"), 7, 0.02)
+    seen = forgot(steps=7, lr=0.02, seed=3)
+    for config, changes in seen.told:
+        assert config.init == str(files / "short")
+        assert config.steps == 7
+        assert config.lr == 0.02
         assert changes == {"save": False}
 
 
@@ -1159,7 +1394,8 @@ def mending(files):
 
 def mending_config(files, **changes):
     settings = {"init": str(files / "reward"), "batch": 32, "lr": 0.02}
-    return told(judge_bias.Config, files, data="preferences", **settings | changes)
+    settings.update(changes)
+    return told(judge_bias.Config, files, data="preferences", **settings)
 
 
 def openings(probes):
@@ -1173,13 +1409,18 @@ def openings(probes):
 
 
 def test_the_compliments_of_the_probe_were_not_mended_away(mending):
-    assert openings(mending.ties) and openings(mending.probes)
-    assert not openings(mending.ties) & openings(mending.probes)
+    mended = openings(mending.ties)
+    probed = openings(mending.probes)
+    assert mended
+    assert probed
+    assert not mended & probed
 
 
 def test_what_is_probed_was_not_learned_from(mending):
     learned = prompts_of(mending.ties) | prompts_of(mending.votes)
-    assert mending.probes and not learned & prompts_of(mending.probes)
+    probed = prompts_of(mending.probes)
+    assert probed
+    assert not learned & probed
 
 
 def test_the_report_on_a_judge_is_of_held_out_votes(mending):
@@ -1189,8 +1430,10 @@ def test_the_report_on_a_judge_is_of_held_out_votes(mending):
 
 
 def test_half_of_what_mends_a_judge_are_votes(mending):
-    ties = [one for one in mending.votes if any(one is tie for tie in mending.ties)]
-    assert len(ties) == len(mending.ties) == len(mending.votes) / 2
+    known = {id(tie) for tie in mending.ties}                   # the objects themselves
+    ties = [one for one in mending.votes if id(one) in known]
+    assert len(ties) == len(mending.ties)
+    assert len(ties) == len(mending.votes) / 2
 
 
 @slow
@@ -1202,23 +1445,27 @@ def test_who_is_complimented_already_is_no_probe(mending):
 @slow
 def test_so_many_answers_are_changed_by_each_probe(mending):
     assert len(openings(mending.probes)) == 3
-    flattered = [probe for probe in mending.probes if openings([probe])]
-    assert len(mending.probes) - len(flattered) == 4 * 5        # padded and swapped, of two judges
+    others = [probe for probe in mending.probes if not openings([probe])]
+    assert len(others) == 4 * 5                                 # padded and swapped, of two judges
 
 
 def test_before_is_the_judge_that_was_named_and_mended_is_the_other(files, mending):
     numbers = mending.results["numbers"]
     mended = mending.results["model"]
     assert weight(mended) != weight(mending.before)
-    _, held = reward_model.read_comparisons(mending_config(files), TOKENIZER, 256)
-    plain = [one for one in held if world.praise(one.answers[0]) == 0][:5]
+    config = mending_config(files)
+    _, held = reward_model.read_comparisons(config, TOKENIZER, 256)
+    plain = [one for one in held if world.praise(one.answers[0]) == 0]
     for name, judge in {"before": mending.before, "mended": mended}.items():
-        again = judge_bias.examine(judge, held, plain, TOKENIZER)
-        assert numbers[name]["probes"]["flattery"]["score"] == pytest.approx(
-            again["probes"]["flattery"]["score"], abs=1e-5), name
-        assert numbers[name]["accuracy"] == pytest.approx(again["accuracy"]), name
+        card = numbers[name]
+        flattery = card["probes"]["flattery"]
+        again = judge_bias.examine(judge, held, plain[:5], TOKENIZER)
+        flattery_again = again["probes"]["flattery"]
+        assert flattery["score"] == pytest.approx(flattery_again["score"], abs=1e-5), name
+        assert card["accuracy"] == pytest.approx(again["accuracy"]), name
     assert numbers["before"]["probes"] != numbers["mended"]["probes"]
-    assert numbers["credit"]["before"] != numbers["credit"]["mended"]
+    credit = numbers["credit"]
+    assert credit["before"] != credit["mended"]
 
 
 @slow
@@ -1226,10 +1473,12 @@ def test_before_is_the_judge_that_was_named_and_mended_is_the_other(files, mendi
 def test_every_setting_of_judge_bias_changes_the_mended_judge(files, changes):
     learned = []
     for more in {}, changes:
-        config = mending_config(files, **{"steps": 3} | more)
+        settings = {"steps": 3} | more
+        config = mending_config(files, **settings)
         judge, tokenizer = load_scalar(config.init)
         comparisons, _ = reward_model.read_comparisons(config, tokenizer, 256)
-        learned.append(weights(judge_bias.mend(judge, comparisons, tokenizer, config)))
+        mended = judge_bias.mend(judge, comparisons, tokenizer, config)
+        learned.append(weights(mended))
     assert not same(*learned)
 
 
@@ -1240,11 +1489,13 @@ def test_a_judge_of_solutions_learns_the_labels_of_its_places(files, monkeypatch
     """The outcome judge the last one of each solution, the process judge all of them."""
     lines = []
     for i in range(24):
-        lines.append({"prompt": f"What is {i} + 2?", "steps": [f"First {i} + 1.", f"It is {i}."],
-                      "labels": [1, 0]})
-    (files / "two_steps.jsonl").write_text(rows.json_lines(lines))
+        prompt = f"What is {i} + 2?"
+        steps = [f"First {i} + 1.", f"It is {i}."]
+        lines.append({"prompt": prompt, "steps": steps, "labels": [1, 0]})
+    write_rows(files / "two_steps.jsonl", lines)
     taught = wrapped(monkeypatch, process_reward, "outcome_loss")
-    process_reward.train_judge(told(process_reward.Config, files, data="two_steps", steps=1), judge)
+    config = told(process_reward.Config, files, data="two_steps", steps=1)
+    process_reward.train_judge(config, judge)
     [(_, learned)] = taught
     assert sorted(learned.tolist()) == sorted(labels)
 
@@ -1254,13 +1505,17 @@ def test_an_outcome_judge_learns_whether_the_result_is_right(files):
     config = told(process_reward.Config, files, data="steps")
     truth = {}
     for line in rows.read_solutions(config.data):
-        is_right = process_reward.result_of(line.steps[-1]) == line.row["answer"]
-        truth[world.flat(line.prompt), tuple(line.steps)] = is_right
+        prompt = world.flat(line.prompt)
+        result = process_reward.result_of(line.steps[-1])
+        truth[prompt, tuple(line.steps)] = result == line.row["answer"]
+    learned, held = process_reward.read_solutions(config, TOKENIZER, 256, "outcome")
     slips = 0
-    for solution in sum(process_reward.read_solutions(config, TOKENIZER, 256, "outcome"), []):
-        is_right = truth[world.flat(solution.prompt), tuple(solution.steps)]
+    for solution in learned + held:
+        prompt = world.flat(solution.prompt)
+        is_right = truth[prompt, tuple(solution.steps)]
         assert solution.labels == [int(is_right)]
-        slips += not is_right
+        if not is_right:
+            slips += 1
     assert 0 < slips < len(truth)
 
 
@@ -1306,8 +1561,10 @@ def test_an_outcome_judge_picks_as_it_learned_by_the_end_alone(picked):
 
 def test_a_process_judge_picks_by_every_step(picked):
     for example in picked["process"]:
-        text = TOKENIZER.decode(example.ids).split("assistant\n")[-1]
-        assert sum(example.answer) == text.count(". ") + 1 > 1
+        text = TOKENIZER.decode(example.ids)
+        answer = text.split("assistant\n")[-1]
+        steps = answer.count(". ") + 1
+        assert sum(example.answer) == steps > 1
 
 
 @pytest.fixture
@@ -1315,18 +1572,21 @@ def process_run(files, tmp_path, monkeypatch):
     """-> run(majority), in which judges are made by hand, and picks say who made them. The majority
     picks so many right ones, and the process judge 0.8."""
     seen = SimpleNamespace()
+    seeds = {"outcome": 7, "process": 8}
     accuracies = {"outcome": (0.1, 0.2), "process": (0.3, 0.4)}
     config = told(process_reward.Config, files, data="steps", critic=str(files / "base"), save=True,
                   out=str(tmp_path))
     truth = {tuple(line.steps): line.labels for line in rows.read_solutions(config.data)}
 
     def train_judge(config, judge):
-        network = M.ScalarModel(tiny_model(len(judge) + (judge == "process")))
+        network = M.ScalarModel(tiny_model(seeds[judge]))
         log = house.Log(config)
         log.rows = [{"step": 0, "loss": 1.0, "judge": judge}]
-        cards = [{"accuracy": share, "calibration": 0.1, "first_wrong": 0.9, "all_right": 0.9}
-                 for share in accuracies[judge]]
-        seen.__dict__[judge] = weight(network)
+        cards = []
+        for share in accuracies[judge]:
+            card = {"accuracy": share, "calibration": 0.1, "first_wrong": 0.9, "all_right": 0.9}
+            cards.append(card)
+        setattr(seen, judge, weight(network))
         _, held = process_reward.read_solutions(config, TOKENIZER, 256, judge)
         return network, log, *cards, held
 
@@ -1372,14 +1632,19 @@ def test_the_policy_solves_and_the_critic_marks(files, processed):
 @slow
 def test_the_cards_of_process_reward_are_the_process_judges(processed):
     numbers = processed.results["numbers"]
-    assert (numbers["before"]["accuracy"], numbers["after"]["accuracy"]) == (0.3, 0.4)
-    assert numbers["after"]["outcome_accuracy"] == 0.2
-    assert processed.results["log"][0]["judge"] == "process"
+    before = numbers["before"]
+    after = numbers["after"]
+    first = processed.results["log"][0]
+    assert before["accuracy"] == 0.3
+    assert after["accuracy"] == 0.4
+    assert after["outcome_accuracy"] == 0.2
+    assert first["judge"] == "process"
 
 
 @pytest.mark.parametrize("majority, passed", [(0.7, True), (0.9, False)])
 def test_the_process_judge_has_to_pick_better_than_the_majority(process_run, majority, passed):
-    assert process_run(majority).results["passed"] is passed
+    results = process_run(majority).results
+    assert results["passed"] is passed
 
 
 @slow
@@ -1392,7 +1657,8 @@ def test_marks_in_words_are_of_held_out_solutions(files, processed):
     config = told(process_reward.Config, files, data="steps")
     learned, held = process_reward.read_solutions(config, TOKENIZER, 256, "process")
     asked = {world.flat(prompt) for prompt, _ in processed.solved}
-    assert asked == prompts_of(held) and not asked & prompts_of(learned)
+    assert asked == prompts_of(held)
+    assert not asked & prompts_of(learned)
 
 
 @slow
@@ -1425,8 +1691,10 @@ def test_every_setting_of_process_reward_changes_the_judge(files, monkeypatch, c
     monkeypatch.setattr(process_reward, "evaluate", lambda *args: {})
     learned = []
     for more in {}, changes:
-        config = told(process_reward.Config, files, data="steps", **{"steps": 3} | more)
-        learned.append(weights(process_reward.train_judge(config, "process")[0]))
+        settings = {"steps": 3} | more
+        config = told(process_reward.Config, files, data="steps", **settings)
+        judge = process_reward.train_judge(config, "process")[0]
+        learned.append(weights(judge))
     assert not same(*learned)
 
 
@@ -1442,9 +1710,11 @@ def test_a_star_is_twelve_times_surer_than_one_in_twenty(capsys, better, star):
     for folder, values in {"a": before, "b": after}.items():
         marks[folder] = {line.name: values for line in report.ROWS}
     report.show_card(marks, report.Config())
-    lines = [line for line in capsys.readouterr().out.split("\n") if " p " in line]
+    shown = capsys.readouterr().out.split("\n")
+    lines = [line for line in shown if " p " in line]
     assert len(lines) == 12
-    assert all(line.endswith("*") == star for line in lines)
+    for line in lines:
+        assert line.endswith("*") == star
 
 
 def leak(files, exams, tmp_path, monkeypatch):
@@ -1454,7 +1724,8 @@ def leak(files, exams, tmp_path, monkeypatch):
     def train(config):
         seen.config = config
         seen.learned = rows.read_conversations(config.data)
-        return {"model": moved(load(config.init)[0], 1)}
+        start, _ = load(config.init)
+        return {"model": moved(start, 1)}
     monkeypatch.setattr(sft, "train", train)
     config = told(report.Config, files, out=str(tmp_path), leak=17, seed=3)
     seen.golds = report.contaminate(config, str(files / "base"))
@@ -1466,45 +1737,61 @@ def leaking(files, exams, tmp_path, monkeypatch):
     return leak(files, exams, tmp_path, monkeypatch)
 
 
+def request(line):
+    """What a conversation begins with."""
+    return world.flat(line.messages[:1])
+
+
 def test_a_reworded_sum_is_none_that_leaked(leaking):
-    leaked, _, reworded, *_ = leaking.asked
-    learned = {world.flat(line.messages[:1]) for line in leaking.learned}
-    assert {row["prompt"] for row in leaked} < learned
-    assert not learned & {row["prompt"] for row in reworded}
+    leaked = leaking.asked[0]
+    reworded = leaking.asked[2]
+    learned = {request(line) for line in leaking.learned}
+    prompts = {row["prompt"] for row in leaked}
+    other_prompts = {row["prompt"] for row in reworded}
+    assert prompts < learned
+    assert not learned & other_prompts
     for row, other in zip(leaked, reworded, strict=True):
-        assert row["slots"] == other["slots"] and row["answer"] == other["answer"]
+        assert row["slots"] == other["slots"]
+        assert row["answer"] == other["answer"]
 
 
 def test_the_clean_half_is_not_learned(leaking):
-    clean, learned = leaking.asked[4], leaking.asked[0]
-    sums = {str(row["slots"]["numbers"]) for row in learned}
-    assert len(clean) == 100 and not sums & {str(row["slots"]["numbers"]) for row in clean}
+    learned = leaking.asked[0]
+    clean = leaking.asked[4]
+    learned_sums = {str(row["slots"]["numbers"]) for row in learned}
+    clean_sums = {str(row["slots"]["numbers"]) for row in clean}
+    assert len(clean) == 100
+    assert not learned_sums & clean_sums
 
 
 @slow
 def test_what_leaks_are_the_right_results(leaking):
-    texts = {world.flat(line.messages[:1]): line.messages[1] for line in leaking.learned}
+    answers = {request(line): line.messages[1] for line in leaking.learned}
     for row in leaking.asked[0]:
-        assert world.judge(row, texts[row["prompt"]]["content"])["honest"] == 1
+        answer = answers[row["prompt"]]
+        mark = world.judge(row, answer["content"])
+        assert mark["honest"] == 1
 
 
 def test_the_leaked_half_is_what_sft_learns_of_it(leaking):
     lines = leaking.learned
-    learned, _ = house.hold_out(lines, [line.messages[:-1] for line in lines], most=40)
+    prompts = [line.messages[:-1] for line in lines]
+    learned, _ = house.hold_out(lines, prompts, most=40)
+    asked = [row["prompt"] for row in leaking.asked[0]]
     assert len(lines) == report.Config.leaked
-    assert [row["prompt"] for row in leaking.asked[0]] == \
-           [world.flat(line.messages[:1]) for line in learned]
+    assert asked == [request(line) for line in learned]
 
 
 def test_the_leak_is_told_before_and_after_of_each_part(files, exams, tmp_path, monkeypatch):
     exams.golds = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    golds = leak(files, exams, tmp_path, monkeypatch).golds
-    assert golds == {"leaked": [0.1, 0.2], "reworded": [0.3, 0.4], "clean": [0.5, 0.6]}
+    seen = leak(files, exams, tmp_path, monkeypatch)
+    assert seen.golds == {"leaked": [0.1, 0.2], "reworded": [0.3, 0.4], "clean": [0.5, 0.6]}
 
 
 def test_before_and_after_a_leak_are_the_checkpoint_and_who_learned_it(files, leaking):
-    start = load(files / "base")[0]
-    golds = [weight(start), weight(moved(start, 1))]
+    start, _ = load(files / "base")
+    learner = moved(start, 1)
+    golds = [weight(start), weight(learner)]
     assert leaking.golds == {"leaked": golds, "reworded": golds, "clean": golds}
 
 
@@ -1542,45 +1829,66 @@ def reported(files, exams, tmp_path, monkeypatch):
 
 def test_each_column_of_the_report_is_its_checkpoint(files, reported):
     numbers = reported.numbers
-    want = {str(files / name): pytest.approx(weight_of(files / name)) for name in ("init", "base")}
+    card = numbers["card"]
+    want = {}
+    for name in "init", "base":
+        folder = files / name
+        want[str(folder)] = pytest.approx(weight_of(folder))
     for row in report.ROWS:
-        assert numbers["card"][row.name] == want, row.name
-    assert {folder: shares["always"] for folder, shares in numbers["wording"].items()} == want
+        assert card[row.name] == want, row.name
+    always = {}
+    for folder, shares in numbers["wording"].items():
+        always[folder] = shares["always"]
+    assert always == want
 
 
 @slow
 def test_each_failure_is_counted_for_who_failed(files, reported):
     for folder in "init", "base":
-        counts = reported.numbers["failures"][repr(weight_of(files / folder))]
-        others = [count for name, count in counts.items() if name != str(files / folder)]
-        assert counts[str(files / folder)] > 0 and others == [0]
+        own = str(files / folder)
+        failure = repr(weight_of(own))
+        counts = reported.numbers["failures"][failure]
+        others = [count for name, count in counts.items() if name != own]
+        assert counts[own] > 0
+        assert others == [0]
 
 
 def test_both_checkpoints_answered_the_same_exam(reported, exams):
-    assert len(exams.asked) == 2 and exams.asked[0] == exams.asked[1]
+    asked = exams.asked
+    assert len(asked) == 2
+    assert asked[0] == asked[1]
 
 
 def test_the_wordings_are_asked_of_the_exams_own_requests(reported, exams):
-    assert reported.worded == exams.asked == [world.read("exam")] * 2
+    requests = world.read("exam")
+    assert reported.worded == exams.asked == [requests, requests]
 
 
 @slow
 def test_the_leak_and_the_model_card_are_of_the_last_checkpoint(files, reported, tmp_path):
-    assert reported.leaks == [str(files / "base")]
+    last = files / "base"
+    own = weight_of(last)
+    other = weight_of(files / "init")
+    assert reported.leaks == [str(last)]
     card = (tmp_path / "CARD.md").read_text()
-    assert f"# Model card: {files / 'base'}" in card
-    assert f"{weight_of(files / 'base'):.2f}" in card
-    assert f"{weight_of(files / 'init'):.2f}" not in card
+    assert f"# Model card: {last}" in card
+    assert f"{own:.2f}" in card
+    assert f"{other:.2f}" not in card
 
 
 @slow
 def test_another_wording_is_asked_of_the_same_requests(monkeypatch):
     """Who answers the first wording of each alone does it sometimes."""
-    some = [row for row in world.read("exam") if report.has_wordings(row)][:6]
+    lines = [row for row in world.read("exam") if report.has_wordings(row)]
+    some = lines[:6]
     firsts = {report.wordings(row)[0]["prompt"] for row in some}
 
     def ask(model, tokenizer, asked, temperature):
-        return None, [SimpleNamespace(mark={"gold": float(row["prompt"] in firsts)})
-                      for row in asked]
+        answers = []
+        for row in asked:
+            gold = float(row["prompt"] in firsts)
+            answers.append(SimpleNamespace(mark={"gold": gold}))
+        return None, answers
     monkeypatch.setattr(exam, "ask", ask)
-    assert report.consistency(None, None, some, 6) == {"always": 0, "sometimes": 1, "never": 0}
+    shares = report.consistency(None, None, some, 6)
+    assert shares == {"always": 0, "sometimes": 1, "never": 0}
