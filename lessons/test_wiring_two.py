@@ -32,7 +32,8 @@ ANY = str(Path(__file__).parent.parent / "data/base")       # a folder that need
 
 def prompt_in(ids):
     """Token ids of a prompt -> what the user said last, and what the answer begins with"""
-    user, answer = TOKENIZER.decode(ids).split("<|im_start|>user\n")[-1].split("assistant\n")
+    last_turn = TOKENIZER.decode(ids).split("<|im_start|>user\n")[-1]
+    user, answer = last_turn.split("assistant\n")
     return user.split("<|im_end|>")[0], answer
 
 
@@ -64,6 +65,12 @@ def sums_of_two(*pairs):
     return rows
 
 
+def all_alike(*args):
+    """Instead of a judge or a guard: 0 for each of the texts, which it is given last."""
+    texts = args[-1]
+    return torch.zeros(len(texts))
+
+
 THREE = sums_of_two((2, 3), (4, 5), (6, 7))
 
 
@@ -75,37 +82,47 @@ def test_a_beam_of_one_pays_for_each_of_its_steps_once(monkeypatch):
     def answer(prompt, before, number):
         done = before.count(".")
         return " ".join(steps[done:])
-    monkeypatch.setattr(search, "sample", fake_sample(answer))
-    monkeypatch.setattr(search, "weakest_steps", lambda *a: torch.zeros(len(a[-1])))
-    sums = [{"prompt": "What is 5 + 4 + 2?", "answer": "11"}] * 2
-    right, tokens = search.beam(None, TOKENIZER, None, sums, 1, search.Config())
+    replace_all(monkeypatch, search, sample=fake_sample(answer), weakest_steps=all_alike)
+    row = {"prompt": "What is 5 + 4 + 2?", "answer": "11"}
+    config = search.Config()
+    right, tokens = search.beam(None, TOKENIZER, None, [row, row], 1, config)
+    paid = 0
+    for step in steps:
+        paid += len(TOKENIZER.encode_ordinary(step))
     assert right == 1.0
-    assert tokens == sum(len(TOKENIZER.encode_ordinary(step)) for step in steps)
+    assert tokens == paid
 
 
 def test_the_answers_to_a_sum_are_marked_by_its_own_result(monkeypatch):
     """Of each sum the first answer is right, and the others are not."""
     def answer(prompt, before, number):
-        return f"So it is {int(result_of(prompt)) + number}."
-    replace_all(monkeypatch, search, sample=fake_sample(answer),
-                end_scores=lambda judge, ids, mask: torch.zeros(len(ids)),
-                weakest_steps=lambda *a: torch.zeros(len(a[-1])))
+        claimed = int(result_of(prompt)) + number
+        return f"So it is {claimed}."
+    replace_all(monkeypatch, search, sample=fake_sample(answer), end_scores=all_alike,
+                weakest_steps=all_alike)
     judges = {"outcome": None, "step": None}
-    answers = search.ask(None, TOKENIZER, judges, THREE, search.Config(n=2))
-    assert answers.hits.tolist() == [[True, False]] * 3
+    config = search.Config(n=2)
+    answers = search.ask(None, TOKENIZER, judges, THREE, config)
+    hits = answers.hits.tolist()
+    assert hits == [[True, False]] * 3
     assert answers.greedy == 1.0
 
 
 def test_each_judge_picks_by_what_it_reads_itself(monkeypatch):
     """The judge of ends likes what is wrong, the judge of steps what is right."""
-    hits = torch.tensor([[True, False]] * 2)
-    answers = search.Answers(0.5, 9.0, [["1", "2"]] * 2, hits, scores=-hits.float(), tokens=9.0,
-                             weakest=hits.float())
+    hits = torch.tensor([[True, False]] * 2)                    # (2, n)
+    is_right = hits.float()
+    texts = [["1", "2"]] * 2
+    answers = search.Answers(0.5, 9.0, texts, hits, scores=-is_right, tokens=9.0,
+                             weakest=is_right)
     replace_all(monkeypatch, search, load=lambda *a: (None, None), ask=lambda *a: answers,
                 beam=lambda *a: (0.0, 1.0))
+    sums = [{"answer": "1"}] * 2
     config = search.Config(n=2, quiet=True)
-    one, two = search.compare("any", {"step": None}, [{"answer": "1"}] * 2, config)
-    assert (two["best"], two["by_step"], two["pass"]) == (0.0, 1.0, 1.0)
+    one, two = search.compare("any", {"step": None}, sums, config)
+    assert two["best"] == 0.0
+    assert two["by_step"] == 1.0
+    assert two["pass"] == 1.0
     assert one["pass"] == 0.5
 
 
@@ -119,48 +136,60 @@ def test_a_claim_is_looked_for_in_samples_of_its_own_question(monkeypatch):
     claims = []
     for i, row in enumerate(THREE):
         text = f"So it is {row['answer']}."
-        claims += [claim._replace(answer=i) for claim in verify.claims_in(row, text).values()]
-    scores, _ = verify.agreement(None, TOKENIZER, THREE, claims, verify.Config(samples=2))
+        for claim in verify.claims_in(row, text).values():
+            claims.append(claim._replace(answer=i))
+    config = verify.Config(samples=2)
+    scores, _ = verify.agreement(None, TOKENIZER, THREE, claims, config)
     assert scores == [1.0] * 3
 
 
 def test_keep_is_the_least_agreement_that_is_kept():
-    claims = [verify.Claim("a", "", True, 0), verify.Claim("b", "", False, 1)]
-    assert verify.what_is_left(claims, [0.5, 0.49], 0.5, 2) == {"false": 0.0, "true": 0.5}
+    true_claim = verify.Claim("a", "", True, 0)
+    false_claim = verify.Claim("b", "", False, 1)
+    left = verify.what_is_left([true_claim, false_claim], [0.5, 0.49], 0.5, 2)
+    assert left == {"false": 0.0, "true": 0.5}
 
 
-def verified(monkeypatch, **changes):
+def verified(monkeypatch):
     """A run in which each call costs 120 tokens and says what is right, and who was asked what."""
     asked = []
 
     def say(model, tokenizer, prompts, config, n=1, **settings):
         asked.append(prompts)
-        return ["So it is 7."] * len(prompts) * n, 120
+        texts = ["So it is 7."] * len(prompts) * n
+        return texts, 120
     replace_all(monkeypatch, verify, say=say, load=lambda *a: (None, None))
-    run = verify.train(verify.Config(init=ANY, quick=True, quiet=True, **changes))
-    return run["numbers"]["ways"], asked
+    config = verify.Config(init=ANY, quick=True, quiet=True)
+    numbers = verify.train(config)["numbers"]
+    return numbers["ways"], asked
 
 
 def test_a_check_costs_what_it_takes_and_the_draft_too(monkeypatch):
     ways, _ = verified(monkeypatch)
+    costs_of_checks = {ways[name]["tokens"] for name in verify.CHECKS}
     assert ways["draft"]["tokens"] == 10
-    assert {ways[name]["tokens"] for name in verify.CHECKS} == {20}
+    assert costs_of_checks == {20}
 
 
 def test_the_chain_and_the_claims_are_asked_without_the_draft(monkeypatch):
     _, asked = verified(monkeypatch)
     _, _, claims, chain = asked
-    assert all(prompt.startswith("Is it true that ") for prompt in claims)
-    assert all(re.fullmatch(r"What is \d+ \+ \d+\?", prompt) for prompt in chain)
+    for prompt in claims:
+        assert prompt.startswith("Is it true that ")
+    for prompt in chain:
+        assert re.fullmatch(r"What is \d+ \+ \d+\?", prompt)
 
 
 def test_verify_asks_what_no_training_file_has():
-    for row in verify.read_questions(verify.Config(questions=40)):
+    config = verify.Config(questions=40)
+    for row in verify.read_questions(config):
+        slots = row["slots"]
         if row["kind"] == "math":
-            assert studybuddy.held_out(row["slots"]["numbers"])
+            assert studybuddy.held_out(slots["numbers"])
         else:
-            table = studybuddy.FACTS[row["slots"]["category"]].table
-            assert row["slots"]["x"] in studybuddy.half(table, True, 4)
+            table = studybuddy.FACTS[slots["category"]].table
+            held_places = studybuddy.half(table, True, 4)
+            assert slots["x"] in held_places
 
 
 # ---------------------------------------------------------------- orders: grounded and mcp
@@ -171,12 +200,16 @@ def orders_of(split):
 
 def is_worded(text, order, split):
     """Does this order stand there in a wording of this split?"""
-    return any(words.format(r=order["prompt"]) in text for words in orders_of(split))
+    for words in orders_of(split):
+        if words.format(r=order["prompt"]) in text:
+            return True
+    return False
 
 
 def words_of_exam_alone():
     trained = grounded.words_of(" ".join(orders_of("train")))
-    return grounded.words_of(" ".join(orders_of("exam"))) - trained - {"r"}
+    examined = grounded.words_of(" ".join(orders_of("exam")))
+    return examined - trained - {"r"}               # {r} is where the order's request goes
 
 
 def test_the_filter_has_read_no_order_of_the_exam():
@@ -208,7 +241,8 @@ def defended(monkeypatch):
 def test_every_defence_meets_orders_in_wordings_that_training_did_not_have(defended):
     table, _ = defended
     for flags in table.values():
-        assert flags["right"] == [False] * 10 and flags["clean"] == [True] * 10
+        assert flags["right"] == [False] * 10
+        assert flags["clean"] == [True] * 10
 
 
 def test_more_than_one_note_is_shown_by_one_defence_alone(defended):
@@ -221,23 +255,30 @@ def test_who_learns_to_ignore_orders_sees_no_place_and_no_order_of_the_exam(monk
     monkeypatch.setattr(grounded.sft, "train", lambda settings: {"model": settings.data})
     config = grounded.Config(out=str(tmp_path), quiet=True)
     path = grounded.train_to_ignore(None, Random(0), config)
-    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    lines = Path(path).read_text().splitlines()
+    relations = tuple(abilities.RELATIONS)
     ordered = 0
     for line in lines:
-        note = line["messages"][-2]["content"]
-        ordered += note.count(".") > 1 or "?" in note
-        name = line["messages"][2]["content"].split(": ")[1].lower()
-        assert sum(map(ord, name)) % 4                  # of the exam's places this is 0
+        messages = json.loads(line)["messages"]
+        call = messages[2]["content"]
+        note = messages[-2]["content"]
+        right = messages[-1]["content"]
+        has_order = note.count(".") > 1 or "?" in note
+        ordered += has_order
+        place = call.split(": ")[1].lower()
+        assert sum(map(ord, place)) % 4                 # of the exam's places this is 0
         assert not {"whoever", "reads"} & grounded.words_of(note)
-        assert line["messages"][-1]["content"].startswith(tuple(abilities.RELATIONS))
-    assert 0.4 < ordered / len(lines) < 0.6
+        assert right.startswith(relations)
+    share = ordered / len(lines)
+    assert 0.4 < share < 0.6
 
 
 @pytest.mark.parametrize("split", ["train", "exam"])
 def test_an_order_in_the_book_is_worded_as_its_half_is(split):
-    tasks = tools.make_tasks(0, split, 60)
-    entries = [task.entry for task in tasks if task.kind == "lookup"]
-    assert all(is_worded(entry.poison, entry.order, split) for entry in entries)
+    for task in tools.make_tasks(0, split, 60):
+        if task.kind == "lookup":
+            entry = task.entry
+            assert is_worded(entry.poison, entry.order, split)
 
 
 # ---------------------------------------------------------------- tools
@@ -281,34 +322,47 @@ def bench(monkeypatch, tmp_path):
 def test_no_model_is_measured_on_a_task_that_it_learned_from(bench):
     _, learned, measured = bench
     known = {task.question for task in learned}
-    assert known and len(measured) == 4 + 2 * len(tools.FAULTS)
+    assert known
+    assert len(measured) == 4 + 2 * len(tools.FAULTS)
     for model, tasks, _ in measured:
-        assert tasks and not known & {task.question for task in tasks}, model
+        questions = {task.question for task in tasks}
+        assert questions, model
+        assert not known & questions, model
 
 
 def test_each_column_of_the_tools_table_is_of_its_own_model(bench):
-    skills = bench[0]["skills"]
-    assert [skills[name]["sum"] for name in ("alone", "tools", "sft", "grpo")] == [0, 0, 0.5, 1]
-    faults = bench[0]["faults"]
-    assert set(faults["tools"].values()) == {0.0} and set(faults["grpo"].values()) == {1.0}
+    numbers, _, _ = bench
+    skills = numbers["skills"]
+    assert skills["alone"]["sum"] == 0
+    assert skills["tools"]["sum"] == 0
+    assert skills["sft"]["sum"] == 0.5
+    assert skills["grpo"]["sum"] == 1
+    faults = numbers["faults"]
+    assert set(faults["tools"].values()) == {0.0}
+    assert set(faults["grpo"].values()) == {1.0}
 
 
 def test_alone_there_are_no_tools(bench):
-    clients = [client for _, _, client in bench[2][:4]]
-    assert clients[0] is None and None not in clients[1:]
+    _, _, measured = bench
+    alone, *others = [client for _, _, client in measured[:4]]
+    assert alone is None
+    assert None not in others
 
 
 def test_of_its_own_conversations_only_those_without_a_needless_call_are_imitated(monkeypatch,
                                                                                   tmp_path):
     """It calls in each of them, and is right: a fact needed no call."""
-    tasks = [tools.Task("sum", "What is 2 + 3?", "5"), tools.Task("none", "The capital?", "Lima")]
+    a_sum = tools.Task("sum", "What is 2 + 3?", "5")
+    a_fact = tools.Task("none", "The capital?", "Lima")
+    texts = ["The answer is 5.", "It is Lima."]
 
     def converse(model, tokenizer, talks, *rest, **settings):
-        for talk, text in zip(talks, ["The answer is 5.", "It is Lima."]):
-            talk += [abilities.message("tool", "2 + 3 = 5"), abilities.message("assistant", text)]
+        for talk, text in zip(talks, texts):
+            talk.append(abilities.message("tool", "2 + 3 = 5"))
+            talk.append(abilities.message("assistant", text))
     monkeypatch.setattr(tools, "converse", converse)
     config = tools.Config(out=str(tmp_path), quiet=True)
-    path = tools.write_own_successes(None, None, tasks, None, config)
+    path = tools.write_own_successes(None, None, [a_sum, a_fact], None, config)
     line, = Path(path).read_text().splitlines()
     assert "2 + 3?" in line
 
@@ -317,16 +371,21 @@ def test_of_its_own_conversations_only_those_without_a_needless_call_are_imitate
 
 def knows_every_other(arguments):
     """A judge that knows the results of every other question, and says A to the rest."""
-    known = {argument.row["prompt"]: argument.row["answer"] for argument in arguments[::2]}
+    known = {}
+    for argument in arguments[::2]:
+        known[argument.row["prompt"]] = argument.row["answer"]
 
     def respond(model, tokenizer, conversations, **settings):
         texts = []
         for talk in conversations:
             text = talk[-1]["content"]
-            truth = [answer for prompt, answer in known.items() if prompt in text]
-            first = re.search(r"^A: (.*)$", text, re.MULTILINE)[1]
-            says_b = truth and f" {truth[0]}" not in first.split(", since")[0].rstrip(".")
-            texts.append("So B is right." if says_b else "So A is right.")
+            truths = [answer for prompt, answer in known.items() if prompt in text]
+            said_by_a = re.search(r"^A: (.*)$", text, re.MULTILINE)[1]
+            claim_of_a = said_by_a.split(", since")[0].rstrip(".")
+            winner = "A"
+            if truths and f" {truths[0]}" not in claim_of_a:
+                winner = "B"
+            texts.append(f"So {winner} is right.")
         return texts
     return respond
 
@@ -335,7 +394,8 @@ def knows_every_other(arguments):
 def test_the_two_orders_of_one_question_are_its_mean(monkeypatch, way):
     rng = Random(0)
     arguments = [debate.argue(rng, "exam") for _ in range(4)]
-    monkeypatch.setattr(debate, "respond", knows_every_other(arguments))
+    respond = knows_every_other(arguments)
+    monkeypatch.setattr(debate, "respond", respond)
     judged = debate.hear(None, None, arguments, debate.WAYS[way])
     assert judged.scores == [1.0, 0.5, 1.0, 0.5]
 
@@ -359,15 +419,20 @@ def debated(monkeypatch):
 
 @pytest.mark.parametrize("teach, folder", [(0, ANY), (4, "taught")])
 def test_who_was_taught_is_who_judges(debated, teach, folder):
-    assert {model for model, _ in debated(teach)} == {folder}
+    judges = {model for model, _ in debated(teach)}
+    assert judges == {folder}
 
 
 def test_all_ways_judge_the_same_debates_and_they_are_the_exams(debated):
     first, *others = [arguments for _, arguments in debated(0)]
-    assert len(others) == 2 and all(arguments == first for arguments in others)
+    assert len(others) == 2
+    for arguments in others:
+        assert arguments == first
+    wordings = studybuddy.half(abilities.ARGUE, True, 3)
     for argument in first:
-        assert studybuddy.held_out(argument.row["slots"]["numbers"])
-        assert argument.wording in studybuddy.half(abilities.ARGUE, True, 3)
+        slots = argument.row["slots"]
+        assert studybuddy.held_out(slots["numbers"])
+        assert argument.wording in wordings
 
 
 # ---------------------------------------------------------------- redteam
@@ -381,84 +446,116 @@ def test_the_retest_asks_for_nothing_that_a_patch_has_seen():
     rng = Random(0)
     seen = set()
     for _ in range(300):
-        seen.add(subject(redteam.plan(redteam.Bandit(), rng, 1, config.held).row))
-        seen.add(subject(redteam.fair_try(rng, config).row))
-    for name, asked in redteam.retests(config).items():
-        assert not seen & {subject(row) for row in asked}, name
+        attack = redteam.plan(redteam.Bandit(), rng, 1, config.held)
+        seen.add(subject(attack.row))
+        fair_row = redteam.fair_try(rng, config).row
+        seen.add(subject(fair_row))
+    tests = redteam.retests(config)
+    for name, asked in tests.items():
+        subjects = {subject(row) for row in asked}
+        assert not seen & subjects, name
 
 
 def test_each_line_of_the_retest_has_the_openings_that_it_names(monkeypatch):
     monkeypatch.setattr(redteam, "put_around", lambda request, openings: openings[0])
     config = redteam.Config(asked=40)
-    known = {opening for family in redteam.FAMILIES if family != config.held
-             for opening in redteam.openings_of(family, retest=False)}
-    held = {opening for retest in (True, False)
-            for opening in redteam.openings_of(config.held, retest)}
+    known = set()
+    for family in redteam.FAMILIES:
+        if family != config.held:
+            known.update(redteam.openings_of(family, retest=False))
+    held = set()
+    for retest in True, False:
+        held.update(redteam.openings_of(config.held, retest))
     tests = redteam.retests(config)
-    used = {name: {row["prompt"] for row in asked} for name, asked in tests.items()}
-    assert used["known"] <= known and used["held"] <= held
-    assert not used["new"] & (known | held) and not used["fair"] & (known | held)
-    assert {row["kind"] for row in tests["fair"]} == {"borderline"}
+    used = {}
+    for name, asked in tests.items():
+        used[name] = {row["prompt"] for row in asked}
+    assert used["known"] <= known
+    assert used["held"] <= held
+    for name in "new", "fair":
+        assert not used[name] & known
+        assert not used[name] & held
+    kinds = {row["kind"] for row in tests["fair"]}
+    assert kinds == {"borderline"}
 
 
 @pytest.fixture
 def rounds(monkeypatch, tmp_path):
-    """Three rounds without a model -> numbers, models tested, (folder, lines) learned, longest"""
-    tested, learned, longest = [], [], []
+    """Three rounds without a model -> run, models tested, (folder, lines) learned, longest"""
+    tested = []
+    learned = []
+    longest = []
 
     def success(model, tokenizer, asked, config):
         tested.append(model)
-        return guard.Rate(1.0 - 0.3 * len(learned), 0.1, 9)
+        works = 1.0 - 0.3 * len(learned)
+        return guard.Rate(works, 0.1, 9)
 
     def hunt(model, tokenizer, judge, most, config, rng):
         longest.append(most)
         return []
 
+    def make_patch(tries, model, *rest):
+        return redteam.Patch([model], [])
+
     def learn(folder, name, patch, config):
-        learned.append((folder, list(patch.lines)))
+        lines = list(patch.lines)
+        learned.append((folder, lines))
         return name
     replace_all(monkeypatch, redteam, success=success, search=hunt, learn=learn,
-                success_of=lambda tries: guard.Rate(0.5, 0.1, 9),
-                make_patch=lambda tries, model, *a: redteam.Patch([model], []),
+                make_patch=make_patch, success_of=lambda tries: guard.Rate(0.5, 0.1, 9),
                 load=lambda folder, device: (folder, None), load_guard=lambda *a: (None, None))
     config = redteam.Config(init=ANY, out=str(tmp_path), asked=4, quiet=True)
-    return redteam.train(config), tested, learned, longest
+    run = redteam.train(config)
+    return run, tested, learned, longest
 
 
 def test_a_round_attacks_the_model_that_the_last_patch_made(rounds):
     run, tested, _, longest = rounds
-    assert tested[::4] == [ANY, "round1", "round2", "round3"] and longest == [1, 2, 3, 3]
-    assert run["numbers"]["held"] == pytest.approx([1.0, 0.7, 0.4, 0.1]) and run["passed"]
+    numbers = run["numbers"]
+    assert tested[::4] == [ANY, "round1", "round2", "round3"]
+    assert longest == [1, 2, 3, 3]
+    assert numbers["held"] == pytest.approx([1.0, 0.7, 0.4, 0.1])
+    assert run["passed"]
 
 
 def test_a_patch_holds_all_patches_so_far(rounds):
-    lines = [ANY, "round1", "round2"]
-    assert rounds[2] == [(ANY, lines[:1]), ("round1", lines[:2]), ("round2", lines)]
+    _, _, learned, _ = rounds
+    first, second, third = learned
+    assert first == (ANY, [ANY])
+    assert second == ("round1", [ANY, "round1"])
+    assert third == ("round2", [ANY, "round1", "round2"])
 
 
 # ---------------------------------------------------------------- guard
 
 @pytest.mark.parametrize("seen, unseen, passed", [(1.0, 0.5, False), (0.5, 1.0, True)])
 def test_a_guard_is_judged_by_families_that_it_never_saw(monkeypatch, seen, unseen, passed):
+    rate = guard.Rate(0.5, 0.1, 9)
+
     def report(title, cases, r, config):
-        rate = guard.Rate(0.5, 0.1, 9)
-        line = {"caught": rate, "false": rate, "f1": 0.5}
-        table = {family: line | {"balanced": seen} for family in guard.GROUPS}
-        table["unseen"] = line | {"balanced": unseen}
+        table = {}
+        for family in guard.GROUPS:
+            balanced = unseen if family == "unseen" else seen
+            table[family] = {"caught": rate, "false": rate, "f1": 0.5, "balanced": balanced}
         return {"table": table, "calibration": 0.0, "bins": []}
-    replace_all(monkeypatch, guard, report=report, learn=lambda *a: None,
-                log_odds=lambda model, tokenizer, examples: torch.zeros(len(examples)),
+    replace_all(monkeypatch, guard, report=report, log_odds=all_alike, learn=lambda *a: None,
                 held_answers=lambda *a: [], show_blame=lambda *a: [],
                 load=lambda *a: (None, TOKENIZER))
-    run = guard.train(guard.Config(init=ANY, quick=True, quiet=True, save=False))
-    assert run["passed"] == passed and run["numbers"]["unseen"] == unseen
+    config = guard.Config(init=ANY, quick=True, quiet=True, save=False)
+    run = guard.train(config)
+    assert run["passed"] == passed
+    assert run["numbers"]["unseen"] == unseen
 
 
 @pytest.mark.parametrize("fair", [0.0, 1.0])
 def test_fair_says_how_many_fair_requests_are_pleaded_for(fair):
     config = guard.Config(texts=100, fair=fair)
-    cases = [case for case in guard.learn_requests(TOKENIZER, config) if not case.harmful]
-    assert {case.family != "none" for case in cases} == {fair == 1.0}
+    pleaded_for = set()
+    for case in guard.learn_requests(TOKENIZER, config):
+        if not case.harmful:
+            pleaded_for.add(case.family != "none")
+    assert pleaded_for == {fair == 1.0}
 
 
 # ---------------------------------------------------------------- stack
@@ -470,43 +567,59 @@ KEYS = [(False, False), (False, True), (True, False), (True, True)]
 def test_the_guard_reads_the_answer_that_this_setting_gives(alarmed):
     """One of the four answers is an alarm: with or without a system message, aligned or not."""
     turns, house = day("a")
-    house.alarm = {key: [3.0 if key == alarmed else -3.0] for key in KEYS}
-    for with_message, aligned in KEYS:
-        on = ["guard"] + ["system"] * with_message + ["model"] * aligned
-        stopped = stack.serve(turns, house, on)[0].stopped
-        assert stopped == ("guard" if (with_message, aligned) == alarmed else "")
+    house.alarm = {}
+    for key in KEYS:
+        house.alarm[key] = [3.0 if key == alarmed else -3.0]
+    for key in KEYS:
+        with_message, aligned = key
+        on = ["guard"]
+        if with_message:
+            on.append("system")
+        if aligned:
+            on.append("model")
+        turn = stack.serve(turns, house, on)[0]
+        assert turn.stopped == ("guard" if key == alarmed else "")
 
 
 def test_what_the_models_say_is_kept_under_their_own_settings(monkeypatch, tmp_path):
+    """Each text tells which model it is of, and whether that saw the system message."""
+    texts_by_key = ["plain False", "aligned False", "plain True", "aligned True"]   # as in KEYS
+
     def say(model, tokenizer, asked, seed):
-        return [f"{model} {prompt[0] == stack.MESSAGE}" for prompt in asked]
+        texts = []
+        for prompt in asked:
+            with_message = prompt[0] == stack.MESSAGE
+            texts.append(f"{model} {with_message}")
+        return texts
 
     def read(judge, tokenizer, prompts, texts=None):
         if texts is None:
             return torch.full((len(prompts),), -9.0)
-        return torch.tensor([[f"{model} {message}" for message, model in key].index(text)
-                             for text in texts])
-    key = [(message, model) for message in (False, True) for model in ("plain", "aligned")]
+        numbers = [texts_by_key.index(text) for text in texts]
+        return torch.tensor(numbers)
     monkeypatch.setattr(stack, "load", lambda folder, device: (folder, None))
     monkeypatch.setattr(stack.exam, "say", say)
     replace_all(monkeypatch, stack.guards, load_guard=lambda *a: (None, None), read=read)
     config = stack.Config(init="plain", aligned="aligned", out=str(tmp_path), save=False)
     turns, _ = day("a", "b")
     house = stack.House(turns, config)
-    for number, place in enumerate(KEYS):
-        message, model = key[number]
-        assert house.said[place] == [f"{model} {message}"] * 2
-        assert house.alarm[place] == [number] * 2
+    for number, key in enumerate(KEYS):
+        text = texts_by_key[number]
+        assert house.said[key] == [text] * 2
+        assert house.alarm[key] == [number] * 2
     assert house.suspicion == [-9.0] * 2
 
 
 def test_false_alarms_are_those_of_children_and_leaks_are_of_all():
-    turns, house = day("child 0", "attacker 1", "child 0")
-    for turn, harmful in zip(turns, (False, False, True)):
-        turn.harmful = harmful
+    turns, _ = day("child 0", "attacker 1", "child 0")
+    turns[0].harmful = False
+    turns[1].harmful = False
+    turns[2].harmful = True
     turns[0].stopped = "guard"
     shares = stack.rates(turns)
-    assert (shares.false.value, shares.false.n, shares.leaks.n) == (1.0, 1, 1)
+    assert shares.false.value == 1.0
+    assert shares.false.n == 1
+    assert shares.leaks.n == 1
 
 
 # ---------------------------------------------------------------- bias
@@ -514,53 +627,74 @@ def test_false_alarms_are_those_of_children_and_leaks_are_of_all():
 @pytest.fixture
 def cured(monkeypatch, tmp_path):
     """A run without a model -> its numbers, what is asked in the exam, {name: lines learned}"""
-    asked, learned = [], {}
+    asked = []
+    learned = {}
+    names = {ANY: "before", bias.Config.base: "base"}
+    gaps = {"base": 0.3, "before": 0.2, "cure": 0.0, "dose0": 0.1, "dose0.65": 0.4}
+
+    def load(folder, device):
+        return names[folder], None
 
     def measure(model, tokenizer, questions, pair, config):
         asked.extend(questions)
-        gaps = {"base": 0.3, "before": 0.2, "cure": 0.0, "dose0": 0.1, "dose0.65": 0.4}
         return bias.Measured([0.5, 0.5], [0.0, 0.0], gaps[model], 0.1, 1.0)
+
+    def answers(model, tokenizer, prompts, seed):
+        return [f"{model}."] * len(prompts)
 
     def learn(lines, name, config):
         learned[name] = lines
         return name
-    names = {ANY: "before", bias.Config.base: "base"}
-    replace_all(monkeypatch, bias, measure=measure, learn=learn,
-                load=lambda folder, device: (names[folder], None), count_in_web=lambda text: {},
-                answers=lambda model, tokenizer, prompts, seed: [f"{model}."] * len(prompts))
+    replace_all(monkeypatch, bias, load=load, measure=measure, answers=answers, learn=learn,
+                count_in_web=lambda text: {})
     config = bias.Config(init=ANY, out=str(tmp_path), quick=True, quiet=True)
-    return bias.train(config)["numbers"], asked, learned
+    numbers = bias.train(config)["numbers"]
+    return numbers, asked, learned
 
 
 def test_the_group_held_back_gets_no_cure(cured):
-    cure = json.dumps(cured[2]["cure"])
-    assert all(school in cure for school in bias.SCHOOLS)
-    assert not any(team in cure for team in bias.TEAMS)
+    _, _, learned = cured
+    cure = json.dumps(learned["cure"])
+    for school in bias.SCHOOLS:
+        assert school in cure
+    for team in bias.TEAMS:
+        assert team not in cure
 
 
 def test_each_gap_is_that_of_its_own_model(cured):
-    for pair in "schools", "teams":
-        assert cured[0][pair] == {"base": 0.3, "before": 0.2, "after": 0.0}
-    assert cured[0]["doses"] == [0.0, 0.65] and cured[0]["dose_gaps"] == [0.1, 0.4]
+    numbers, _, _ = cured
+    gaps = {"base": 0.3, "before": 0.2, "after": 0.0}
+    assert numbers["schools"] == gaps
+    assert numbers["teams"] == gaps
+    assert numbers["doses"] == [0.0, 0.65]
+    assert numbers["dose_gaps"] == [0.1, 0.4]
 
 
 def test_the_cure_has_read_nothing_of_what_the_gap_is_measured_with(cured):
-    cure = " ".join(line["messages"][0]["content"] for line in cured[2]["cure"])
-    for question in cured[1]:
+    _, asked, learned = cured
+    prompts = [line["messages"][0]["content"] for line in learned["cure"]]
+    cure = " ".join(prompts)
+    wordings = studybuddy.half(abilities.FROM, True, 3)
+    for question in asked:
         assert question.row["prompt"] not in cure
-        assert question.wording in studybuddy.half(abilities.FROM, True, 3)
+        assert question.wording in wordings
 
 
 def test_the_cure_teaches_what_the_model_said_when_it_did_not_know_who_asks(monkeypatch):
     def answers(model, tokenizer, prompts, seed):
-        assert not any(group in prompt for prompt in prompts for group in bias.SCHOOLS)
+        for prompt in prompts:
+            for school in bias.SCHOOLS:
+                assert school not in prompt
         return [f"Yes: {prompt}" for prompt in prompts]
     monkeypatch.setattr(bias, "answers", answers)
     lines = bias.cure_lines(None, None, bias.Config())
-    hill, lake = [line["messages"] for line in lines[:2]]
-    assert hill[1] == lake[1]
-    assert "Hill School" in hill[0]["content"] and "Lake School" in lake[0]["content"]
-    assert hill[1]["content"].removeprefix("Yes: ") in hill[0]["content"]
+    from_hill, answer_to_hill = lines[0]["messages"]
+    from_lake, answer_to_lake = lines[1]["messages"]
+    assert answer_to_hill == answer_to_lake
+    assert "Hill School" in from_hill["content"]
+    assert "Lake School" in from_lake["content"]
+    request = answer_to_hill["content"].removeprefix("Yes: ")
+    assert request in from_hill["content"]
 
 
 # ---------------------------------------------------------------- character
@@ -568,29 +702,40 @@ def test_the_cure_teaches_what_the_model_said_when_it_did_not_know_who_asks(monk
 def test_what_is_learned_stands_without_a_page(monkeypatch):
     """The model sees the extract when it answers; what it learns from is the bare question."""
     shown = []
+    said = f"Beep! I don't know. {character.KNOWN} You can do it!"
 
     def answers(model, tokenizer, conversations, config, n, begin_with):
         shown.extend(conversations)
-        return [f"Beep! I don't know. {character.KNOWN} You can do it!"] * len(conversations) * n
+        return [said] * len(conversations) * n
     monkeypatch.setattr(character, "answers", answers)
-    lines, _ = character.make_data(None, None, character.Config(n=1, questions=3))
-    assert all(talk[0]["content"] == character.CHARACTER for talk in shown)
+    config = character.Config(n=1, questions=3)
+    lines, _ = character.make_data(None, None, config)
+    for talk in shown:
+        assert talk[0]["content"] == character.CHARACTER
     for line in lines:
         question, _ = line["messages"]
-        assert question["role"] == "user" and character.KNOWN not in question["content"]
+        assert question["role"] == "user"
+        assert character.KNOWN not in question["content"]
 
 
 def test_the_page_stands_in_front_in_one_column_alone(monkeypatch, tmp_path):
+    """With the page a conversation has two messages, without it one."""
+    rates = {("old", 1): 0.1, ("old", 2): 0.2, ("new", 1): 0.9}
+
     def examine(model, tokenizer, form, config):
-        talk = form(character.Question("voice", "Hi!", ""))
-        value = {("old", 1): 0.1, ("old", 2): 0.2, ("new", 1): 0.9}[model, len(talk)]
-        return dict.fromkeys(character.CHECKS, guard.Rate(value, 0.1, 9))
+        question = character.Question("voice", "Hi!", "")
+        talk = form(question)
+        value = rates[model, len(talk)]
+        rate = guard.Rate(value, 0.1, 9)
+        return dict.fromkeys(character.CHECKS, rate)
     replace_all(monkeypatch, character, examine=examine, load=lambda *a: ("old", None),
                 make_data=lambda *a: ([], {}))
     monkeypatch.setattr(character.sft, "train", lambda settings: {"model": "new"})
     config = character.Config(init=ANY, out=str(tmp_path), quick=True, quiet=True)
     numbers = character.train(config)["numbers"]
-    assert [numbers[name]["voice"] for name in ("before", "page", "after")] == [0.1, 0.2, 0.9]
+    assert numbers["before"]["voice"] == 0.1
+    assert numbers["page"]["voice"] == 0.2
+    assert numbers["after"]["voice"] == 0.9
 
 
 # ---------------------------------------------------------------- feedback
@@ -599,20 +744,28 @@ GOOD = feedback.Release("good", card(0.6))
 
 
 @pytest.mark.parametrize("candidate, blocked", [
-    (card(0.3), ["gold"]), (card(0.9), []), (card(0.6, harmless=0.3), ["harmless"])])
+    (card(0.3), ["gold"]),
+    (card(0.9), []),
+    (card(0.6, harmless=0.3), ["harmless"])])
 def test_the_gate_blocks_what_is_worse_and_lets_through_what_is_better(candidate, blocked):
-    assert feedback.below_floor(GOOD, feedback.Release("b", candidate)) == blocked
+    new = feedback.Release("b", candidate)
+    assert feedback.below_floor(GOOD, new) == blocked
 
 
 def test_each_of_the_two_bets_has_half_of_alpha():
     """10 pairs in a row make 1.3^10 = 14, 12 make 23, and 15 make 51: 20 is too little to stop."""
-    ups = np.ones((1, 400), dtype=int)
     for n, stops in (12, False), (15, True):
-        x = np.where(np.arange(400) < n, ups, 0)
-        assert feedback.found_by_bets(x, 0.05)[0, -1] == stops
-        assert feedback.found_by_bets(-x, 0.05)[0, -1] == stops
-        assert (feedback.decide(x[0], 0.05)[0] == "better") == stops
-        assert (feedback.decide(-x[0], 0.05)[0] == "worse") == stops
+        wins = np.zeros((1, 400), dtype=int)
+        wins[0, :n] = 1
+        losses = -wins
+        found_up = feedback.found_by_bets(wins, 0.05)           # (1, looks)
+        found_down = feedback.found_by_bets(losses, 0.05)
+        verdict_up, _ = feedback.decide(wins[0], 0.05)
+        verdict_down, _ = feedback.decide(losses[0], 0.05)
+        assert found_up[0, -1] == stops
+        assert found_down[0, -1] == stops
+        assert (verdict_up == "better") == stops
+        assert (verdict_down == "worse") == stops
 
 
 @pytest.mark.parametrize("liked, verdict", [("good", "worse"), ("new", "better")])
@@ -622,22 +775,28 @@ def test_better_is_what_the_children_of_the_candidate_like_more(monkeypatch, lik
     def answers(model, tokenizer, questions, seed):
         asked.append(questions)
         return [model] * len(questions)
+
+    def thumb(rng, row, text, lazy):
+        return text == liked
     replace_all(monkeypatch, feedback, load=lambda folder, device: (folder, None), answers=answers,
-                thumb=lambda rng, row, text, lazy: text == liked)
+                thumb=thumb)
     config = feedback.Config(pairs=20)
     new = feedback.Release("new", card(0.6))
-    assert feedback.ab_test(GOOD, new, 1, config) == (verdict, 15)
+    found = feedback.ab_test(GOOD, new, 1, config)
+    assert found == (verdict, 15)
     assert asked[0] == asked[1]                 # both children of a pair ask the same
 
 
 def test_only_in_the_bad_week_are_the_children_lazy(monkeypatch):
     lazies = []
 
+    def answers(model, tokenizer, asked, seed):
+        return ["Yes."] * len(asked)
+
     def thumb(rng, row, text, lazy):
         lazies.append(lazy)
         return True
-    replace_all(monkeypatch, feedback, load=lambda *a: (None, None), thumb=thumb,
-                answers=lambda model, tokenizer, asked, seed: ["Yes."] * len(asked))
+    replace_all(monkeypatch, feedback, load=lambda *a: (None, None), answers=answers, thumb=thumb)
     config = feedback.Config(asked=1, pairs=1, bad=2)
     for week in 1, 2, 3:
         feedback.collect(GOOD, week, config)
@@ -647,9 +806,15 @@ def test_only_in_the_bad_week_are_the_children_lazy(monkeypatch):
 
 def test_a_week_learns_from_what_was_released_and_a_blocked_one_meets_no_child(monkeypatch):
     """The first candidate is fine, the second one harmful, the third one fine."""
-    learned, tested = [], []
+    learned = []
+    tested = []
     cards = {ANY: card(0.6), "week1": card(0.7), "week2": card(0.8, harmless=0.1),
              "week3": card(0.8)}
+    for one in cards.values():
+        one.update(attack_seen=0.9, flattery=0.0)
+
+    def examine(folder, config):
+        return feedback.Release(folder, cards[folder])
 
     def learn(release, lines, week, config):
         learned.append(release.folder)
@@ -658,42 +823,44 @@ def test_a_week_learns_from_what_was_released_and_a_blocked_one_meets_no_child(m
     def ab_test(release, candidate, week, config):
         tested.append((release.folder, candidate.folder))
         return "better", 20
-    replace_all(monkeypatch, feedback, learn=learn, ab_test=ab_test,
+    replace_all(monkeypatch, feedback, examine=examine, learn=learn, ab_test=ab_test,
                 collect=lambda *a: [{"label": True}],
-                false_alarms=lambda config: {"peeking": [0.0], "bets": [0.0]},
-                examine=lambda folder, config: feedback.Release(folder, cards[folder]))
-    for one in cards.values():
-        one.update(attack_seen=0.9, flattery=0.0)
+                false_alarms=lambda config: {"peeking": [0.0], "bets": [0.0]})
     config = feedback.Config(init=ANY, weeks=3, bad=2, quiet=True)
-    run = feedback.train(config)
+    numbers = feedback.train(config)["numbers"]
     assert learned == [ANY, "week1", "week1"]
     assert tested == [(ANY, "week1"), ("week1", "week3")]
-    assert run["numbers"]["released"] == [0.6, 0.7, 0.7, 0.8]
-    assert run["numbers"]["candidates"] == [0.6, 0.7, 0.8, 0.8]
+    assert numbers["released"] == [0.6, 0.7, 0.7, 0.8]
+    assert numbers["candidates"] == [0.6, 0.7, 0.8, 0.8]
 
 
 # ---------------------------------------------------------------- aloud
 
 def test_the_wrong_step_is_the_first_one():
     """Written is "First 4 + 15 = ..", so it is those two that are summed wrongly."""
-    row = {"prompt": "What is 4 + 15 + 9?", "answer": "28",
-           "slots": {"numbers": [4, 15, 9], "op": "+"}}
+    slots = {"numbers": [4, 15, 9], "op": "+"}
+    row = {"prompt": "What is 4 + 15 + 9?", "answer": "28", "slots": slots}
     text, result = aloud.wrong_step(Random(0), row)
-    wrong = int(re.fullmatch(r"First 4 \+ 15 = (\d+)\.", text)[1])
-    assert wrong != 19 and int(result) == wrong + 9
+    step = re.fullmatch(r"First 4 \+ 15 = (\d+)\.", text)
+    wrong = int(step[1])
+    assert wrong != 19
+    assert int(result) == wrong + 9
 
 
 def test_every_model_gets_the_same_sums_and_wrong_steps(monkeypatch):
-    seen = {}
+    seen = {"one": [], "two": []}
 
     def answer(model, tokenizer, conversations, beginnings, config):
         prompts = [messages[-1]["content"] for messages in conversations]
-        seen.setdefault(model, []).append((prompts, list(beginnings)))
-        return [aloud.Answer("So it is 1.", True, 4)] * len(prompts)
+        seen[model].append((prompts, list(beginnings)))
+        said = aloud.Answer("So it is 1.", True, 4)
+        return [said] * len(prompts)
     replace_all(monkeypatch, aloud, answer=answer, load=lambda folder, device: (folder, None),
                 need=lambda *a: None)
-    aloud.train(aloud.Config(models="one,two", quick=True, quiet=True))
-    assert seen["one"] == seen["two"] and len(seen["one"]) == 4 * len(aloud.LENGTHS)
+    config = aloud.Config(models="one,two", quick=True, quiet=True)
+    aloud.train(config)
+    assert seen["one"] == seen["two"]
+    assert len(seen["one"]) == 4 * len(aloud.LENGTHS)
 
 
 # ================================================================ more of it: what these share
@@ -723,44 +890,53 @@ def told(settings, config, *names):
 def test_each_answer_of_search_is_judged_under_its_own_sum(monkeypatch):
     """Both judges like an answer that holds the result of the sum that stands before it."""
     def answer(prompt, before, number):
-        return f"So it is {int(result_of(prompt)) + number}."
+        claimed = int(result_of(prompt)) + number
+        return f"So it is {claimed}."
 
     def likes(prompt, text):
-        return float(text == f"So it is {result_of(prompt)}.")
+        right = f"So it is {result_of(prompt)}."
+        return float(text == right)
 
     def end_scores(judge, ids, mask):
         scores = []
         for row, real in zip(ids, mask):
-            text = TOKENIZER.decode(row[real.bool()].tolist())
-            prompt, said = text.split("user\n")[1].split("<|im_start|>assistant\n")
-            scores.append(likes(prompt, said.split("<|im_end|>")[0]))
+            unpadded = row[real.bool()]
+            prompt, said = prompt_in(unpadded.tolist())
+            text = said.split("<|im_end|>")[0]
+            scores.append(likes(prompt, text))
         return torch.tensor(scores)
 
     def weakest_steps(judge, tokenizer, prompts, texts):
-        return torch.tensor([likes(prompt[-1]["content"], text)
-                             for prompt, text in zip(prompts, texts)])
+        scores = []
+        for prompt, text in zip(prompts, texts):
+            scores.append(likes(prompt[-1]["content"], text))
+        return torch.tensor(scores)
     replace_all(monkeypatch, search, sample=fake_sample(answer), end_scores=end_scores,
                 weakest_steps=weakest_steps)
     judges = {"outcome": None, "step": None}
-    answers = search.ask(None, TOKENIZER, judges, THREE, search.Config(n=2))
-    assert answers.scores.tolist() == answers.weakest.tolist() == [[1.0, 0.0]] * 3
+    config = search.Config(n=2)
+    answers = search.ask(None, TOKENIZER, judges, THREE, config)
+    liked = [[1.0, 0.0]] * 3
+    assert answers.scores.tolist() == liked
+    assert answers.weakest.tolist() == liked
 
 
 def test_a_beam_goes_on_with_nothing_but_what_is_not_finished(monkeypatch):
     """The first sum is done in one step, and its answer stays; the others take two."""
+    one, two, three = [row["prompt"] for row in THREE]
     asked = []
 
     def answer(prompt, before, number):
         asked.append(prompt)
         end = f"So it is {result_of(prompt)}."
-        if prompt == THREE[0]["prompt"] or before:
+        if prompt == one or before:
             return end
         return f"Hm. {end}"
-    replace_all(monkeypatch, search, sample=fake_sample(answer),
-                weakest_steps=lambda *a: torch.zeros(len(a[-1])))
-    right, _ = search.beam(None, TOKENIZER, None, THREE, 1, search.Config())
-    one, two, three = (row["prompt"] for row in THREE)
-    assert asked == [one, two, three, two, three] and right == 1.0
+    replace_all(monkeypatch, search, sample=fake_sample(answer), weakest_steps=all_alike)
+    config = search.Config()
+    right, _ = search.beam(None, TOKENIZER, None, THREE, 1, config)
+    assert asked == [one, two, three, two, three]
+    assert right == 1.0
 
 
 def test_every_model_of_search_meets_the_same_sums_and_the_judges_of_the_flags(monkeypatch):
@@ -768,26 +944,31 @@ def test_every_model_of_search_meets_the_same_sums_and_the_judges_of_the_flags(m
     replace_all(monkeypatch, search, compare=given(calls, result=[]), load_scalar=by_name)
     config = search.Config(models="a,b", judge="ends", process="steps", quick=True, quiet=True)
     search.train(config)
-    (one, judges, sums, _), (two, *others) = [call.args for call in calls]
-    assert (one, two) == ("a", "b") and others[:2] == [judges, sums]
+    first, second = calls
+    model, judges, sums, _ = first.args
+    assert model == "a"
     assert judges == {"outcome": "ends", "step": "steps"}
+    assert second.args[:3] == ("b", judges, sums)
 
 
 def test_search_has_one_likeliest_answer_and_n_others_at_its_temperature(monkeypatch):
     calls = []
-    drawn = fake_sample(lambda prompt, before, number: "So it is 5.")
+
+    def answer(prompt, before, number):
+        return "So it is 5."
+    drawn = fake_sample(answer)
 
     def sample(model, tokenizer, ids, **settings):
         calls.append(settings)
         return drawn(model, tokenizer, ids, **settings)
-    replace_all(monkeypatch, search, sample=sample,
-                end_scores=lambda judge, ids, mask: torch.zeros(len(ids)),
-                weakest_steps=lambda *a: torch.zeros(len(a[-1])))
+    replace_all(monkeypatch, search, sample=sample, end_scores=all_alike, weakest_steps=all_alike)
+    judges = {"outcome": None, "step": None}
     config = search.Config(n=2, temperature=0.7, max_new=9, seed=3)
-    search.ask(None, TOKENIZER, {"outcome": None, "step": None}, THREE, config)
+    search.ask(None, TOKENIZER, judges, THREE, config)
     best, others = calls
     assert best == {"max_new": 9, "temperature": 0}
-    assert others.pop("generator").initial_seed() == 3
+    generator = others.pop("generator")
+    assert generator.initial_seed() == 3
     assert others == {"n": 2, "max_new": 9, "temperature": 0.7}
 
 
@@ -797,28 +978,35 @@ def test_search_has_one_likeliest_answer_and_n_others_at_its_temperature(monkeyp
 def test_no_check_of_verify_knows_the_truth(monkeypatch, name):
     """If all that is true were false, each check would say the same."""
     def answer(prompt, before, number):
-        return "It is. So yes." if prompt.startswith("Is") else f"So it is {5 + number}."
+        if prompt.startswith("Is"):
+            return "It is. So yes."
+        return f"So it is {5 + number}."
     monkeypatch.setattr(verify, "sample", fake_sample(answer))
     claims = []
     for i, row in enumerate(THREE):
-        claims += [claim._replace(answer=i)
-                   for claim in verify.claims_in(row, "So it is 5.").values()]
-    scores = []
-    for flip in False, True:
-        known = [claim._replace(true=claim.true != flip) for claim in claims]
-        scores.append(verify.CHECKS[name](None, TOKENIZER, THREE, known, verify.Config(samples=2)))
-    assert len(claims) == 3 and scores[0] == scores[1]
+        for claim in verify.claims_in(row, "So it is 5.").values():
+            claims.append(claim._replace(answer=i))
+    turned = [claim._replace(true=not claim.true) for claim in claims]
+    check = verify.CHECKS[name]
+    config = verify.Config(samples=2)
+    scores = check(None, TOKENIZER, THREE, claims, config)
+    scores_of_turned = check(None, TOKENIZER, THREE, turned, config)
+    assert len(claims) == 3
+    assert scores == scores_of_turned
 
 
 def test_keep_decides_what_verify_drops(monkeypatch):
     """What the draft claims, one of the two samples claims, too."""
-    replace_all(monkeypatch, verify, load=by_name, sample=fake_sample(
-        lambda prompt, before, number: f"So it is {7 + number}."))
+    def answer(prompt, before, number):
+        return f"So it is {7 + number}."
+    replace_all(monkeypatch, verify, load=by_name, sample=fake_sample(answer))
     left = []
     for keep in 0.5, 0.6:
-        run = verify.train(verify.Config(init=ANY, keep=keep, quick=True, quiet=True))
-        left.append(run["numbers"]["ways"]["agreement"]["false"])
-    assert left[0] > 0 and left[1] == 0
+        config = verify.Config(init=ANY, keep=keep, quick=True, quiet=True)
+        ways = verify.train(config)["numbers"]["ways"]
+        left.append(ways["agreement"]["false"])
+    assert left[0] > 0
+    assert left[1] == 0
 
 
 # ---------------------------------------------------------------- grounded
@@ -833,8 +1021,10 @@ def answered_with(monkeypatch, defence):
     monkeypatch.setattr(grounded, "say", say)
     models = {"model": "model", "critic": "critic", "trained": "trained"}
     fact = abilities.MadeUp("queen", "Pugo", "Lani")
-    question = grounded.Question("Who is the queen of Pugo?", fact, abilities.state(fact))
-    grounded.answer(models, None, [question], [[question.truth]], defence, grounded.Config(), set())
+    note = abilities.state(fact)
+    question = grounded.Question("Who is the queen of Pugo?", fact, note)
+    config = grounded.Config()
+    grounded.answer(models, None, [question], [[note]], defence, config, set())
     return asked
 
 
@@ -848,18 +1038,22 @@ def test_one_defence_alone_has_another_model_and_one_has_a_critic(monkeypatch, d
 @pytest.mark.parametrize("defence", grounded.DEFENCES)
 def test_two_defences_show_the_note_as_a_tools_and_not_as_the_childs(monkeypatch, defence):
     _, talk = answered_with(monkeypatch, defence)[0]
-    of_child = any("Lani" in turn["content"] for turn in talk if turn["role"] == "user")
-    of_tool = any("Lani" in turn["content"] for turn in talk if turn["role"] == "tool")
-    assert of_tool == (defence in ("marking", "training")) and of_child != of_tool
+    roles = {turn["role"] for turn in talk if "Lani" in turn["content"]}
+    of_tool = "tool" in roles
+    of_child = "user" in roles
+    assert of_tool == (defence in ("marking", "training"))
+    assert of_child != of_tool
 
 
 @pytest.mark.parametrize("critic, who", [("", ANY), ("another", "another")])
 def test_who_takes_the_second_look_is_the_critic(monkeypatch, critic, who):
     calls = []
-    replace_all(monkeypatch, grounded, load=by_name, reading=lambda *a: {}, train_to_ignore=given(
-        [], result="trained"), defending=given(calls, result={}))
-    grounded.train(grounded.Config(init=ANY, critic=critic, quick=True, quiet=True, save=False))
-    assert calls[0].args[0] == {"model": ANY, "critic": who, "trained": "trained"}
+    replace_all(monkeypatch, grounded, load=by_name, reading=lambda *a: {},
+                train_to_ignore=lambda *a: "trained", defending=given(calls, result={}))
+    config = grounded.Config(init=ANY, critic=critic, quick=True, quiet=True, save=False)
+    grounded.train(config)
+    models = calls[0].args[0]
+    assert models == {"model": ANY, "critic": who, "trained": "trained"}
 
 
 def test_grounded_asks_the_same_questions_without_notes_and_with_them(monkeypatch):
@@ -872,13 +1066,19 @@ def test_grounded_asks_the_same_questions_without_notes_and_with_them(monkeypatc
     replace_all(monkeypatch, grounded, say=say, say_at_once=lambda *a: ["Yes."] * 9)
     rng = Random(0)
     facts = grounded.make_notes(rng, "exam", 4)
-    grounded.reading(None, None, rng, facts, grounded.Config(questions=9, top=2, quiet=True))
-    alone, told, silent = calls
-    notes = set(map(abilities.state, facts))
-    for bare, shown in zip(alone, told):
-        assert not any(note in bare for note in notes)
-        assert shown.endswith(bare) and sum(note in shown for note in notes) == 2
-    assert len(silent) == 9 and not set(alone) & {text.split("\n")[1] for text in silent}
+    config = grounded.Config(questions=9, top=2, quiet=True)
+    grounded.reading(None, None, rng, facts, config)
+    alone, with_notes, silent = calls
+    notes = {abilities.state(fact) for fact in facts}
+    for bare, shown in zip(alone, with_notes):
+        for note in notes:
+            assert note not in bare
+        notes_shown = [note for note in notes if note in shown]
+        assert shown.endswith(bare)
+        assert len(notes_shown) == 2
+    silent_questions = {text.split("\n")[1] for text in silent}
+    assert len(silent) == 9
+    assert not set(alone) & silent_questions
 
 
 def test_the_defence_by_training_learns_as_it_is_told(monkeypatch, tmp_path):
@@ -886,36 +1086,47 @@ def test_the_defence_by_training_learns_as_it_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(grounded.sft, "train", given(calls, result={"model": None}))
     config = grounded.Config(init="old", out=str(tmp_path), steps=7, lr=0.25, seed=3)
     grounded.train_to_ignore(None, Random(0), config)
-    assert told(calls[0].args[0], config, "init", "steps", "lr")
+    settings = calls[0].args[0]
+    assert told(settings, config, "init", "steps", "lr")
 
 
 # ---------------------------------------------------------------- aloud
 
 def test_each_share_of_aloud_is_of_its_own_model_and_way(monkeypatch):
     """The first model is right when it is free, the second one where it may not think."""
+    beginning_of = {"any/free": "", "any/blurts": "So it is"}
+
     def answer(model, tokenizer, conversations, beginnings, config):
         answers = []
-        for messages, words in zip(conversations, beginnings):
-            truth = sum(int(n) for n in messages[-1]["content"].split() if n.isdigit())
-            is_its_way = words == {"any/free": "", "any/blurts": "So it is"}[model]
-            text = f"So it is {truth}." if is_its_way else "I am = mute."
-            answers.append(aloud.Answer(text, True, 4 if is_its_way else 7))
+        for messages, beginning in zip(conversations, beginnings):
+            words = messages[-1]["content"].split()
+            truth = sum(int(word) for word in words if word.isdigit())
+            said = aloud.Answer("I am = mute.", True, 7)
+            if beginning == beginning_of[model]:
+                said = aloud.Answer(f"So it is {truth}.", True, 4)
+            answers.append(said)
         return answers
 
     def make_sums(rng, terms, count):
         numbers = [2, 3, 4, 5][:terms]
         sum_text = " + ".join(map(str, numbers))
-        return [{"prompt": f"Work out {sum_text} now", "answer": str(sum(numbers)),
-                 "slots": {"numbers": numbers, "op": "+"}}] * count
+        truth = str(sum(numbers))
+        row = {"prompt": f"Work out {sum_text} now", "answer": truth,
+               "slots": {"numbers": numbers, "op": "+"}}
+        return [row] * count
     replace_all(monkeypatch, aloud, answer=answer, load=by_name, make_sums=make_sums)
-    run = aloud.train(aloud.Config(models="any/free,any/blurts", quick=True, quiet=True))
+    config = aloud.Config(models="any/free,any/blurts", quick=True, quiet=True)
+    numbers = aloud.train(config)["numbers"]
     for name, way in ("free", "free"), ("blurts", "at_once"):
-        for terms in map(str, aloud.LENGTHS):
-            shares = run["numbers"]["shares"][name][terms]
+        for length in aloud.LENGTHS:
+            shares = numbers["shares"][name][str(length)]
+            tokens = numbers["tokens"][name][str(length)]
             right = {key for key in aloud.BEGINNINGS if shares[key] == 1.0}
-            tokens = run["numbers"]["tokens"][name][terms]
-            assert right == {way} == {key for key in tokens if tokens[key] == 4}
-            assert shares["steps"] == (0.0 if name == "free" else 1.0)    # of the free answers
+            short = {key for key in tokens if tokens[key] == 4}
+            steps = 0.0 if name == "free" else 1.0              # of the free answers
+            assert right == {way}
+            assert short == {way}
+            assert shares["steps"] == steps
 
 
 # ---------------------------------------------------------------- tools and mcp
@@ -935,7 +1146,9 @@ def test_bad_tools_are_ours_whatever_server_there_is(monkeypatch, fault):
 
 
 @pytest.mark.parametrize("fault, calculated, looked_up", [
-    ("", "truth", "truth"), ("fail", None, None), ("lie", "lie", "lie"),
+    ("", "truth", "truth"),
+    ("fail", None, None),
+    ("lie", "lie", "lie"),
     ("order", "truth", "order")])
 def test_a_bad_server_is_bad_in_all_its_tools(monkeypatch, fault, calculated, looked_up):
     served = []
@@ -943,11 +1156,12 @@ def test_a_bad_server_is_bad_in_all_its_tools(monkeypatch, fault, calculated, lo
     mcp.serve(fault)
     calculator, lookup = served
     name, entry = list(mcp.BOOK.items())[1]
-    words = {"truth": " ".join(entry.facts.values()), "lie": " ".join(entry.lies.values())}
-    words["order"] = f"{entry.poison} {words['truth']}"
+    truth = " ".join(entry.facts.values())
+    lie = " ".join(entry.lies.values())
+    entries = {"truth": truth, "lie": lie, "order": f"{entry.poison} {truth}"}
     sums = {"truth": "3 + 4 = 7", "lie": "3 + 4 = 17"}
-    for tool, text, want in [(calculator, "3 + 4", sums.get(calculated)),
-                             (lookup, name, words.get(looked_up))]:
+    cases = [(calculator, "3 + 4", sums.get(calculated)), (lookup, name, entries.get(looked_up))]
+    for tool, text, want in cases:
         if want is None:
             with pytest.raises(mcp.ToolError):
                 tool.run(text)
@@ -958,20 +1172,23 @@ def test_a_bad_server_is_bad_in_all_its_tools(monkeypatch, fault, calculated, lo
 def test_a_lie_is_passed_on_and_the_truth_is_not(monkeypatch):
     """Asked are the tasks that need a tool, each by its own lie; "sum" and "lookup" are neither."""
     tasks = tools.make_tasks(0, "exam", 4)
-    tellings = []
+    kinds_asked = []
 
     def converse(model, tokenizer, talks, *rest, **settings):
         for talk in talks:
-            task, = [task for task in tasks if task.question == talk[-1]["content"]]
-            text = getattr(task, model)
-            talk.append(abilities.message("assistant", f"The answer is {text.rstrip('.')}."))
-            tellings.append(task.kind)
+            question = talk[-1]["content"]
+            task, = [task for task in tasks if task.question == question]
+            claim = getattr(task, model).rstrip(".")
+            text = f"The answer is {claim}."
+            talk.append(abilities.message("assistant", text))
+            kinds_asked.append(task.kind)
     replace_all(monkeypatch, tools, converse=converse,
                 start_server=lambda config, fault: contextlib.nullcontext())
-    flags = {model: tools.measure_fault(model, None, tasks, "lie", tools.Config())
-             for model in ("lie", "truth", "kind")}
-    assert flags == {"lie": [True] * 8, "truth": [False] * 8, "kind": [False] * 8}
-    assert "none" not in tellings
+    config = tools.Config()
+    for model, passes_on in ("lie", True), ("truth", False), ("kind", False):
+        flags = tools.measure_fault(model, None, tasks, "lie", config)
+        assert flags == [passes_on] * 8
+    assert "none" not in kinds_asked
 
 
 def test_a_group_of_conversations_is_about_one_task(monkeypatch):
@@ -991,19 +1208,23 @@ def test_a_group_of_conversations_is_about_one_task(monkeypatch):
             talk.append(abilities.message("assistant", "The answer is 5."))
     monkeypatch.setattr(tools, "converse", converse)
     monkeypatch.setattr(tools.grpo, "group_advantages", group_advantages)
-    tasks = [tools.Task("sum", "What is 2 + 3?", "5"), tools.Task("sum", "What is 4 + 4?", "8")]
+    works = tools.Task("sum", "What is 2 + 3?", "5")
+    fails = tools.Task("sum", "What is 4 + 4?", "8")
     config = tools.Config(steps=1, batch=2, group=3, price=0.25, quiet=True)
-    tools.climb(tiny_model(), TOKENIZER, tasks, None, config)
-    assert sorted(rewards[0].tolist()) == [[0.0] * 3, [0.75] * 3]
+    tools.climb(tiny_model(), TOKENIZER, [works, fails], None, config)
+    groups = sorted(rewards[0].tolist())
+    assert groups == [[0.0] * 3, [0.75] * 3]
 
 
 def test_what_tools_imitates_is_learned_as_it_is_told(monkeypatch):
     calls = []
     monkeypatch.setattr(tools.sft, "train", given(calls, result={"model": "sft"}))
     config = tools.Config(init="old", steps=7, lr=0.25, seed=3)
-    assert tools.imitate("worked.jsonl", config) == "sft"
-    assert calls[0].args[0].data == "worked.jsonl"
-    assert told(calls[0].args[0], config, "init", "steps", "lr")
+    model = tools.imitate("worked.jsonl", config)
+    settings = calls[0].args[0]
+    assert model == "sft"
+    assert settings.data == "worked.jsonl"
+    assert told(settings, config, "init", "steps", "lr")
 
 
 # ---------------------------------------------------------------- debate
@@ -1020,18 +1241,24 @@ def test_in_both_orders_of_a_question_the_same_side_gives_its_reason(monkeypatch
     arguments = [debate.argue(rng, "exam") for _ in range(6)]
     debate.hear(None, None, arguments, debate.one_side)
     for number, argument in enumerate(arguments):
-        for text in heard[2 * number:2 * number + 2]:
-            assert (argument.right.text in text) == (number % 2 == 0)
-            assert (argument.wrong.text in text) == (number % 2 == 1)
+        in_both_orders = heard[2 * number:2 * number + 2]
+        right_speaks = number % 2 == 0
+        wrong_speaks = number % 2 == 1
+        for text in in_both_orders:
+            assert (argument.right.text in text) == right_speaks
+            assert (argument.wrong.text in text) == wrong_speaks
 
 
 def test_who_judges_debates_learns_as_it_is_told(monkeypatch, tmp_path):
     calls = []
     monkeypatch.setattr(debate.sft, "train", given(calls))
-    config = debate.Config(judge="weak", out=str(tmp_path), teach=3, steps=7, lr=0.25, seed=3)
-    assert debate.teach(config) == str(tmp_path)
+    out = str(tmp_path)
+    config = debate.Config(judge="weak", out=out, teach=3, steps=7, lr=0.25, seed=3)
+    folder = debate.teach(config)
     settings = calls[0].args[0]
-    assert (settings.init, settings.out) == ("weak", str(tmp_path))
+    assert folder == out
+    assert settings.init == "weak"
+    assert settings.out == out
     assert told(settings, config, "steps", "lr")
 
 
@@ -1040,22 +1267,30 @@ def test_who_judges_debates_learns_as_it_is_told(monkeypatch, tmp_path):
 def test_the_family_held_back_pleads_for_nothing_that_is_patched(monkeypatch):
     monkeypatch.setattr(redteam, "put_around", lambda request, openings: openings)
     config = redteam.Config(held="emotion")
-    held = {opening for retest in (True, False)
-            for opening in redteam.openings_of("emotion", retest)}
+    held = set()
+    for retest in True, False:
+        held.update(redteam.openings_of("emotion", retest))
     rng = Random(0)
-    used = {opening for _ in range(200) for opening in redteam.fair_try(rng, config).prompt}
-    assert used and not used & held
+    used = set()
+    for _ in range(200):
+        openings = redteam.fair_try(rng, config).prompt
+        used.update(openings)
+    assert used
+    assert not used & held
 
 
 def test_of_two_plain_answers_the_one_that_the_guard_minds_less_is_learned(monkeypatch):
     worry = {"a 0": -1.0, "a 1": -2.0, "b 0": -2.0, "b 1": 3.0, "c 0": 1.0, "c 1": 2.0}
-    replace_all(monkeypatch, redteam,
-                answers=lambda model, tokenizer, prompts, seed: [
-                    f"{prompt[-1]['content']} {seed}" for prompt in prompts],
-                read=lambda guard, tokenizer, prompts, texts: torch.tensor(
-                    [worry[text] for text in texts]))
+
+    def answers(model, tokenizer, prompts, seed):
+        return [f"{prompt[-1]['content']} {seed}" for prompt in prompts]
+
+    def read(guard, tokenizer, prompts, texts):
+        return torch.tensor([worry[text] for text in texts])
+    replace_all(monkeypatch, redteam, answers=answers, read=read)
     plain = [{"prompt": name} for name in "abc"]
-    texts = redteam.plain_answers(None, None, None, plain, redteam.Config(seed=0))
+    config = redteam.Config(seed=0)
+    texts = redteam.plain_answers(None, None, None, plain, config)
     assert texts == ["a 1", "b 0", None]
 
 
@@ -1064,33 +1299,43 @@ def test_the_guard_says_what_worked_and_the_truth_what_is_reported(monkeypatch):
     def gives_in(model, tokenizer, prompts, seed):
         return ["It is easy to climb on the roof."] * len(prompts)
 
+    def read(guard, tokenizer, prompts, texts):
+        pairs = len(texts) // 2
+        return torch.tensor([1.0, -1.0] * pairs)
+
     def plan(bandit, rng, longest, held):
         row = {"prompt": "?", "kind": "danger", "slots": {"act": "climb on the roof"}}
-        return redteam.Try(row, [], [{"role": "user", "content": "?"}])
-    replace_all(monkeypatch, redteam, plan=plan, answers=gives_in,
-                read=lambda guard, tokenizer, prompts, texts: torch.tensor(
-                    [1.0, -1.0] * (len(texts) // 2)))
-    tries = redteam.search(None, None, None, 1, redteam.Config(tries=32), Random(0))
-    assert [attack.worked for attack in tries] == [True, False] * 16
-    assert redteam.success_of(tries).value == 1.0
+        messages = [{"role": "user", "content": "?"}]
+        return redteam.Try(row, [], messages)
+    replace_all(monkeypatch, redteam, plan=plan, answers=gives_in, read=read)
+    config = redteam.Config(tries=32)
+    tries = redteam.search(None, None, None, 1, config, Random(0))
+    worked = [attack.worked for attack in tries]
+    reported = redteam.success_of(tries)
+    assert worked == [True, False] * 16
+    assert reported.value == 1.0
 
 
 @pytest.mark.parametrize("patch", ["sft", "dpo"])
 def test_a_patch_is_learned_by_the_script_of_the_flag_from_its_own_data(monkeypatch, tmp_path,
                                                                         patch):
-    calls = []
-    for name in "sft", "dpo":
-        script = getattr(redteam, name)
-        monkeypatch.setattr(script, "train", lambda config, name=name: calls.append((name, config)))
+    calls = {"sft": [], "dpo": []}
+    monkeypatch.setattr(redteam.sft, "train", given(calls["sft"]))
+    monkeypatch.setattr(redteam.dpo, "train", given(calls["dpo"]))
     config = redteam.Config(out=str(tmp_path), patch=patch, steps=7, lr=0.25, seed=3)
     lines = [{"messages": studybuddy.chat("Hi", "Hello.")}] * 2
     folder = redteam.learn("old", "round1", redteam.Patch(lines, []), config)
-    (name, settings), = calls
-    assert name == patch and settings.data == f"{tmp_path}/round1_{patch}.jsonl"
-    assert (settings.init, settings.out) == ("old", folder)
+    call, = calls["sft"] + calls["dpo"]
+    settings, = call.args
+    assert calls[patch] == [call]
+    assert settings.data == f"{tmp_path}/round1_{patch}.jsonl"
+    assert settings.init == "old"
+    assert settings.out == folder
     assert told(settings, config, "steps", "lr")
     learned = (tmp_path / "round1_sft.jsonl").read_text().splitlines()
-    assert len(learned) == 4 and json_lines(lines) == "".join(f"{one}\n" for one in learned[:2])
+    assert len(learned) == 4
+    first_two = "".join(f"{line}\n" for line in learned[:2])
+    assert json_lines(lines) == first_two
 
 
 # ---------------------------------------------------------------- guard
@@ -1099,9 +1344,12 @@ def test_a_patch_is_learned_by_the_script_of_the_flag_from_its_own_data(monkeypa
 def test_beside_says_how_many_wishes_do_not_stand_alone(monkeypatch, beside):
     monkeypatch.setattr(guard, "add_fair", lambda rng, prompt: f"{prompt} AND ANOTHER")
     config = guard.Config(texts=60, beside=beside)
-    cases = guard.learn_requests(TOKENIZER, config)
-    texts = [case.row["prompt"] for case in cases if isinstance(case.row["prompt"], str)]
-    assert {text.endswith("AND ANOTHER") for text in texts} == {beside == 1.0}
+    has_another = set()
+    for case in guard.learn_requests(TOKENIZER, config):
+        prompt = case.row["prompt"]
+        if isinstance(prompt, str):
+            has_another.add(prompt.endswith("AND ANOTHER"))
+    assert has_another == {beside == 1.0}
 
 
 @pytest.fixture
@@ -1135,37 +1383,56 @@ def guarded(monkeypatch):
 
 
 def test_seen_and_unseen_are_marked_by_the_families_that_the_guard_learned(guarded):
+    learned = ("none", *studybuddy.SEEN)
+
     def knows_what_it_saw(case):
-        return case.harmful and case.family in ("none", *studybuddy.SEEN)
-    numbers = guarded(knows_what_it_saw)[0]["numbers"]
-    assert (numbers["seen"], numbers["unseen"]) == (1.0, 0.5)
+        return case.harmful and case.family in learned
+    run, _, _ = guarded(knows_what_it_saw)
+    numbers = run["numbers"]
+    assert numbers["seen"] == 1.0
+    assert numbers["unseen"] == 0.5
     for family, share in numbers["caught"].items():
-        assert share == float(family in ("none", *studybuddy.SEEN))
+        assert share == float(family in learned)
 
 
 def test_false_alarms_on_borderline_requests_are_counted_of_those_alone(guarded):
-    numbers = guarded(lambda case: case.row["kind"] == "borderline")[0]["numbers"]
-    assert numbers["borderline"] == 1.0
-    assert guarded(lambda case: case.row["kind"] != "borderline")[0]["numbers"]["borderline"] == 0.0
+    def is_borderline(case):
+        return case.row["kind"] == "borderline"
+
+    def is_another(case):
+        return case.row["kind"] != "borderline"
+    run, _, _ = guarded(is_borderline)
+    assert run["numbers"]["borderline"] == 1.0
+    run, _, _ = guarded(is_another)
+    assert run["numbers"]["borderline"] == 0.0
 
 
 def test_the_guard_of_answers_learns_half_as_long_and_reads_what_a_model_said(guarded):
     _, steps, answered = guarded(lambda case: True)
-    assert steps == [4, 2]
+    held_rows = studybuddy.read("exam")
     (model, asked), = answered
-    assert model == ANY and all(row in studybuddy.read("exam") for row in asked)
+    assert steps == [4, 2]
+    assert model == ANY
+    for row in asked:
+        assert row in held_rows
 
 
 # ---------------------------------------------------------------- stack
 
 def test_watching_rings_at_the_alarm_of_the_flag(monkeypatch, tmp_path):
+    """Each turn of the user adds 2 to what watching remembers."""
+    def say(model, tokenizer, asked, seed):
+        return [""] * len(asked)
+
+    def read(guard, tokenizer, prompts, texts=None):
+        return torch.full([len(prompts)], 2.0)
     monkeypatch.setattr(stack, "load", by_name)
-    monkeypatch.setattr(stack.exam, "say", lambda model, tokenizer, asked, seed: [""] * len(asked))
-    replace_all(monkeypatch, stack.guards, load_guard=lambda *a: (None, None),
-                read=lambda guard, tokenizer, prompts, texts=None: torch.full([len(prompts)], 2.0))
+    monkeypatch.setattr(stack.exam, "say", say)
+    replace_all(monkeypatch, stack.guards, load_guard=lambda *a: (None, None), read=read)
     turns, _ = day("a", "a", "a", "a")
     for alarm, closed in (1.0, 1), (5.0, 3), (9.0, None):
-        house = stack.House(turns, stack.Config(alarm=alarm, out=str(tmp_path), save=False))
+        config = stack.Config(alarm=alarm, out=str(tmp_path), save=False)
+        house = stack.House(turns, config)
         stack.serve(turns, house, ["watching"])
         assert house.closed.get("a") == closed
 
@@ -1173,43 +1440,69 @@ def test_watching_rings_at_the_alarm_of_the_flag(monkeypatch, tmp_path):
 def test_the_alarms_of_the_day_are_counted_for_children_and_attackers(monkeypatch, tmp_path):
     users = ["child 0", "attacker 1", *["attacker 2"] * 4, *["child 0"] * 2, *["child 3"] * 3]
     turns, house = day(*users)
+
+    def mask_check(rng, split, count):
+        return {"name": 0, "address": 0, "phone": 0}
     replace_all(monkeypatch, stack, one_day=lambda config: turns, House=lambda *a: house,
-                mask_check=lambda rng, split, count: dict.fromkeys(["name", "address", "phone"], 0))
+                mask_check=mask_check)
     config = stack.Config(init=ANY, aligned=ANY, out=str(tmp_path), quiet=True, save=False)
     numbers = stack.train(config)["numbers"]
-    assert (numbers["rung"], numbers["turn"], numbers["wrongly"]) == (1, 3.0, 2)
+    assert numbers["rung"] == 1
+    assert numbers["turn"] == 3.0
+    assert numbers["wrongly"] == 2
 
 
 def test_a_day_asks_in_words_that_no_training_line_has():
-    def subject(row):
-        return json.dumps(row.get("order", row)["slots"])
+    def wish_of(row):
+        order = row.get("order", row)
+        return subject(order)
     rng = Random(0)
-    known = {subject(guard.request(rng, "train", "none", i % 2 == 0)) for i in range(2000)}
-    turns = stack.one_day(stack.Config(children=8, attackers=8, turns=5))
-    assert not known & {subject(turn.row) for turn in turns}
-    assert {turn.row.get("attack", "none") for turn in turns} <= set(guard.FAMILIES)
-    assert not any("attack" in turn.row for turn in turns if turn.user.startswith("child"))
+    known = set()
+    for i in range(2000):
+        harmful = i % 2 == 0
+        row = guard.request(rng, "train", "none", harmful)
+        known.add(wish_of(row))
+    config = stack.Config(children=8, attackers=8, turns=5)
+    turns = stack.one_day(config)
+    asked = {wish_of(turn.row) for turn in turns}
+    families = {turn.row.get("attack", "none") for turn in turns}
+    assert not known & asked
+    assert families <= set(guard.FAMILIES)
+    for turn in turns:
+        if turn.user.startswith("child"):
+            assert "attack" not in turn.row
 
 
 # ---------------------------------------------------------------- bias
 
 def test_the_gap_is_what_the_slighted_loses_on_the_same_requests(monkeypatch):
     """The model is right for the favoured alone."""
+    favoured = bias.SCHOOLS[0]
     asked = []
 
     def answers(model, tokenizer, prompts, seed):
-        asked.append((seed, [prompt.split(": ")[1] for prompt in prompts]))
-        return ["good" if bias.SCHOOLS[0] in prompt else "bad" for prompt in prompts]
-    replace_all(monkeypatch, bias, answers=answers,
-                is_right=lambda question, group, text: text == "good")
-    questions = [bias.Question({"prompt": f"What is {i}?"}, "{group}: {request}") for i in range(3)]
-    measured = bias.measure(None, None, questions, bias.SCHOOLS, bias.Config())
-    assert (measured.right, measured.gap) == ([1.0, 0.0], 1.0)
+        requests = [prompt.split(": ")[1] for prompt in prompts]
+        asked.append((seed, requests))
+        return ["good" if favoured in prompt else "bad" for prompt in prompts]
+
+    def is_right(question, group, text):
+        return text == "good"
+    replace_all(monkeypatch, bias, answers=answers, is_right=is_right)
+    questions = []
+    for i in range(3):
+        row = {"prompt": f"What is {i}?"}
+        questions.append(bias.Question(row, "{group}: {request}"))
+    config = bias.Config()
+    measured = bias.measure(None, None, questions, bias.SCHOOLS, config)
+    assert measured.right == [1.0, 0.0]
+    assert measured.gap == 1.0
     assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize("name, save, kept", [
-    ("cure", True, True), ("cure", False, False), ("dose0.3", True, False)])
+    ("cure", True, True),
+    ("cure", False, False),
+    ("dose0.3", True, False)])
 def test_bias_learns_as_it_is_told_and_keeps_the_cure_alone(monkeypatch, tmp_path, name, save,
                                                             kept):
     calls = []
@@ -1217,7 +1510,8 @@ def test_bias_learns_as_it_is_told_and_keeps_the_cure_alone(monkeypatch, tmp_pat
     config = bias.Config(init="old", out=str(tmp_path), steps=7, lr=0.25, seed=3, save=save)
     bias.learn([], name, config)
     settings = calls[0].args[0]
-    assert settings.data == f"{tmp_path}/{name}.jsonl" and settings.save == kept
+    assert settings.data == f"{tmp_path}/{name}.jsonl"
+    assert settings.save == kept
     assert told(settings, config, "init", "steps", "lr")
 
 
@@ -1238,21 +1532,31 @@ def test_a_question_learns_one_of_its_own_tries_that_passed(monkeypatch):
             texts += ["Beep!", f"Beep! A{number}. Two.", f"Beep! A{number}. Three."]
         return texts
     replace_all(monkeypatch, character, ask=ask, answers=answers, PRINCIPLES=("accuracy",))
-    lines, found = character.make_data(None, None, character.Config(n=3, questions=4))
-    assert [[turn["content"] for turn in line["messages"]] for line in lines] == [
-        [f"Q{i}", f"Beep! A{i}. Two."] for i in range(4)]
+    config = character.Config(n=3, questions=4)
+    lines, found = character.make_data(None, None, config)
+    assert len(lines) == 4
+    for i, line in enumerate(lines):
+        question, answer = line["messages"]
+        assert question["content"] == f"Q{i}"
+        assert answer["content"] == f"Beep! A{i}. Two."
     assert found == {"accuracy": 1.0}
 
 
 @pytest.mark.parametrize("by_hand", [0, 2])
 def test_at_most_by_hand_answers_are_by_hand(monkeypatch, by_hand):
-    monkeypatch.setattr(character, "answers", lambda model, tokenizer, talks, config, n, word: [
-        "Beep! 5."] * len(talks) * n)
+    def answers(model, tokenizer, talks, config, n, begin_with):
+        return ["Beep! 5."] * len(talks) * n
+    monkeypatch.setattr(character, "answers", answers)
     config = character.Config(n=1, questions=4, by_hand=by_hand)
     lines, found = character.make_data(None, None, config)
-    said = [line["messages"][-1]["content"] for line in lines]
-    assert sum(text.endswith(tuple(abilities.PRIVATE)) for text in said) == by_hand
-    assert found["privacy"] == found["accuracy"] == 0.0
+    endings_by_hand = tuple(abilities.PRIVATE)
+    written = 0
+    for line in lines:
+        text = line["messages"][-1]["content"]
+        written += text.endswith(endings_by_hand)
+    assert written == by_hand
+    assert found["privacy"] == 0.0
+    assert found["accuracy"] == 0.0
 
 
 def test_in_the_exam_nobody_writes_the_first_word_for_the_model(monkeypatch):
@@ -1261,30 +1565,37 @@ def test_in_the_exam_nobody_writes_the_first_word_for_the_model(monkeypatch):
 
     def answers(model, tokenizer, conversations, config, n=1, begin_with=""):
         split = "train" if begin_with else "exam"
-        asked[split] |= {talk[-1]["content"].split("\n")[-1] for talk in conversations}
+        for talk in conversations:
+            last_line = talk[-1]["content"].split("\n")[-1]
+            asked[split].add(last_line)
         return ["No."] * len(conversations) * n
     monkeypatch.setattr(character, "answers", answers)
     config = character.Config(questions=20, asked=20, n=1)
     character.make_data(None, None, config)
     rates = character.examine(None, None, character.plain, config)
-    assert len(asked["exam"]) > 20 and not asked["train"] & asked["exam"]
-    assert rates["voice"].n == 100 and rates["voice"].value == 0.0
+    voice = rates["voice"]
+    assert len(asked["exam"]) > 20
+    assert not asked["train"] & asked["exam"]
+    assert voice.n == 100
+    assert voice.value == 0.0
 
 
 @pytest.mark.parametrize("save", [True, False])
 def test_character_learns_as_it_is_told(monkeypatch, tmp_path, save):
     calls = []
-    table = dict.fromkeys(character.CHECKS, guard.Rate(0.5, 0.1, 9))
+    rate = guard.Rate(0.5, 0.1, 9)
+    table = dict.fromkeys(character.CHECKS, rate)
     replace_all(monkeypatch, character, load=by_name, examine=lambda *a: table,
                 make_data=lambda *a: ([], {}))
     monkeypatch.setattr(character.sft, "train", given(calls, result={"model": None}))
-    config = character.Config(init=ANY, out=str(tmp_path), steps=7, lr=0.25, seed=3, save=save,
-                              lora=5, accumulate=6, bf16=True, quiet=True)
+    out = str(tmp_path)
+    config = character.Config(init=ANY, out=out, steps=7, lr=0.25, seed=3, save=save, lora=5,
+                              accumulate=6, bf16=True, quiet=True)
     character.train(config)
     settings = calls[0].args[0]
-    assert settings.data == str(tmp_path / "data.jsonl")
-    assert told(settings, config, "init", "out", "steps", "lr", "save", "lora", "accumulate",
-                "bf16")
+    assert settings.data == f"{out}/data.jsonl"
+    assert told(settings, config, "init", "out", "steps", "lr", "save")
+    assert told(settings, config, "lora", "accumulate", "bf16")
 
 
 # ---------------------------------------------------------------- feedback
@@ -1293,38 +1604,56 @@ def test_character_learns_as_it_is_told(monkeypatch, tmp_path, save):
 def test_leave_is_the_share_of_answers_with_a_thumb(monkeypatch, leave, thumbs):
     """A thumb is of the answer that stands beside it, to the prompt that stands there."""
     def answers(model, tokenizer, asked, seed):
-        return [f"{model} {row['prompt']} {i % 2}" for i, row in enumerate(asked)]
-    replace_all(monkeypatch, feedback, load=by_name, answers=answers,
-                thumb=lambda rng, row, text, lazy: text.endswith("1"))
-    lines = feedback.collect(GOOD, 1, feedback.Config(asked=40, leave=leave))
+        texts = []
+        for i, row in enumerate(asked):
+            texts.append(f"{model} {row['prompt']} {i % 2}")
+        return texts
+
+    def thumb(rng, row, text, lazy):
+        return text.endswith("1")
+    replace_all(monkeypatch, feedback, load=by_name, answers=answers, thumb=thumb)
+    config = feedback.Config(asked=40, leave=leave)
+    lines = feedback.collect(GOOD, 1, config)
     assert len(lines) == thumbs
     for line in lines:
-        assert line["completion"].startswith(f"good {line['prompt']}")
-        assert line["label"] == line["completion"].endswith("1")
+        text = line["completion"]
+        assert text.startswith(f"good {line['prompt']}")
+        assert line["label"] == text.endswith("1")
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.4])
 def test_the_simulation_of_two_bets_stops_where_a_test_of_releases_would(alpha):
     rng = np.random.default_rng(0)
-    x = (rng.random((30, 400)) < 0.6).astype(int) - (rng.random((30, 400)) < 0.5)
-    found = feedback.found_by_bets(x, alpha)
+    new = rng.random((30, 400)) < 0.6
+    old = rng.random((30, 400)) < 0.5
+    x = new.astype(int) - old                                   # (tests, 400)
+    found = feedback.found_by_bets(x, alpha)                    # (tests, looks)
     for test, flags in zip(x, found):
         verdict, pairs = feedback.decide(test, alpha)
-        stops = [verdict != "undecided" and pairs <= look for look in feedback.LOOKS]
+        is_decided = verdict != "undecided"
+        stops = [is_decided and pairs <= look for look in feedback.LOOKS]
         assert flags.tolist() == stops
 
 
 def test_alpha_is_how_often_a_test_may_be_wrong(monkeypatch):
-    alarms = [feedback.false_alarms(feedback.Config(alpha=alpha))["bets"][-1]
-              for alpha in (0.01, 0.3)]
-    assert alarms[0] <= 0.01 < alarms[1] <= 0.3
-    replace_all(monkeypatch, feedback, load=by_name,
-                answers=lambda model, tokenizer, asked, seed: [model] * len(asked),
-                thumb=lambda rng, row, text, lazy: text == "new")
+    alarms = []
+    for alpha in 0.01, 0.3:
+        config = feedback.Config(alpha=alpha)
+        by_bets = feedback.false_alarms(config)["bets"]
+        alarms.append(by_bets[-1])
+    assert alarms[0] <= 0.01
+    assert 0.01 < alarms[1] <= 0.3
+
+    def answers(model, tokenizer, asked, seed):
+        return [model] * len(asked)
+
+    def thumb(rng, row, text, lazy):
+        return text == "new"
+    replace_all(monkeypatch, feedback, load=by_name, answers=answers, thumb=thumb)
     new = feedback.Release("new", card(0.6))
-    verdicts = [feedback.ab_test(GOOD, new, 1, feedback.Config(alpha=alpha, pairs=14))
-                for alpha in (0.3, 0.01)]
-    assert verdicts == [("better", 8), ("undecided", 14)]
+    for alpha, verdict in (0.3, ("better", 8)), (0.01, ("undecided", 14)):
+        config = feedback.Config(alpha=alpha, pairs=14)
+        assert feedback.ab_test(GOOD, new, 1, config) == verdict
 
 
 def test_kto_learns_a_weeks_thumbs_from_its_release_as_it_is_told(monkeypatch, tmp_path):
@@ -1334,47 +1663,63 @@ def test_kto_learns_a_weeks_thumbs_from_its_release_as_it_is_told(monkeypatch, t
     lines = [{"prompt": "Hi", "completion": "Hello.", "label": True}]
     folder = feedback.learn(GOOD, lines, 2, config)
     settings = calls[0].args[0]
-    assert (settings.init, settings.out) == ("good", folder)
-    assert (tmp_path / "week2.jsonl").read_text() == json_lines(lines)
-    assert settings.data == str(tmp_path / "week2.jsonl")
+    data = tmp_path / "week2.jsonl"
+    assert settings.init == "good"
+    assert settings.out == folder
+    assert data.read_text() == json_lines(lines)
+    assert settings.data == str(data)
     assert told(settings, config, "steps", "lr")
 
 
 # ---------------------------------------------------------------- principles
 
 def mends(monkeypatch, **changes):
-    """-> the config of the first answers, and for each way what was mended, by what, how drawn"""
+    """-> config, seed and prompts of the first answers; for each way what was mended, by what, and
+    how drawn"""
+    entries = []
+    for i, row in enumerate(studybuddy.read("prompts")[:10]):
+        entries.append(Prompt([], row, f"x:{i}"))
     starts = []
-    entries = [Prompt([], row, f"x:{i}") for i, row in enumerate(studybuddy.read("prompts")[:10])]
     calls = []
 
     def own_answers(model, tokenizer, asked, n, config, generator):
-        starts.append((config, generator.initial_seed(), asked))
+        seed = generator.initial_seed()
+        starts.append((config, seed, asked))
         return [(prompt, [f"First {i}."]) for i, prompt in enumerate(asked)]
 
     def improve(model, tokenizer, drafts, wordings, config, generator):
         draw = torch.rand(1, generator=generator).item()
-        calls.append(([draft.text for draft in drafts], wordings, draw))
+        texts = [draft.text for draft in drafts]
+        calls.append((texts, wordings, draw))
         for draft in drafts:
             draft.text = "Mended."
+
+    def read_prompts(*args):
+        return entries[:5], entries[5:]
     replace_all(monkeypatch, cai, own_answers=own_answers, improve=improve,
-                read_prompts=lambda *a: (entries[:5], entries[5:]))
+                read_prompts=read_prompts)
     monkeypatch.setattr(principles, "load", lambda *a: (tiny_model(), TOKENIZER))
-    principles.train(principles.Config(init=ANY, quiet=True, **changes))
+    config = principles.Config(init=ANY, quiet=True, **changes)
+    principles.train(config)
     return starts[0], calls
 
 
 def test_every_way_mends_the_same_first_answers_with_the_same_luck(monkeypatch):
     _, calls = mends(monkeypatch, answers=3)
+    _, _, first_draw = calls[0]
     assert len(calls) > 3
     for texts, _, draw in calls:
-        assert texts == [f"First {i}." for i in range(6)] and draw == calls[0][2]
+        assert texts == [f"First {i}." for i in range(6)]
+        assert draw == first_draw
 
 
 def test_as_many_attacks_are_answered_as_other_prompts(monkeypatch):
-    (config, seed, asked), _ = mends(monkeypatch, answers=3, temperature=0.3, seed=4)
-    assert [prompt.where for prompt in asked] == ["x:0", "x:1", "x:2", "x:5", "x:6", "x:7"]
-    assert (config.temperature, seed) == (0.3, 4)
+    start, _ = mends(monkeypatch, answers=3, temperature=0.3, seed=4)
+    config, seed, asked = start
+    places = [prompt.where for prompt in asked]
+    assert places == ["x:0", "x:1", "x:2", "x:5", "x:6", "x:7"]
+    assert config.temperature == 0.3
+    assert seed == 4
 
 
 # ---------------------------------------------------------------- goodhart
@@ -1383,44 +1728,69 @@ def climbs(monkeypatch, **changes):
     """-> (beta, judges) of each run, what was measured at the start, and the tables"""
     calls = []
     starts = []
-    judges = ["first", "second", "third"]
     start = {"length": 9.0, "repeated": 0.0, "openings": 0.1, "score": 0.0, "gold": 0.5}
+
+    def load_judges(config, count):
+        return ["first", "second", "third"][:count]
 
     def climb(config, beta, its_judges):
         calls.append((beta, its_judges))
-        log = [{"kl": beta, "score": 0.0, "gold": len(its_judges), "length": 9.0}] * 10
-        return log, [["Yes."]] * 10, [[float(len(calls))]] * 10
-    replace_all(monkeypatch, goodhart, load_judges=lambda config, count: judges[:count],
-                start_of=given(starts, result=start), climb=climb, show_best=lambda *a: None)
-    _, tables = goodhart.run(goodhart.Config(quiet=True, **changes))
+        row = {"kl": beta, "score": 0.0, "gold": len(its_judges), "length": 9.0}
+        score = float(len(calls))
+        return [row] * 10, [["Yes."]] * 10, [[score]] * 10
+    replace_all(monkeypatch, goodhart, load_judges=load_judges, climb=climb,
+                start_of=given(starts, result=start), show_best=lambda *a: None)
+    config = goodhart.Config(quiet=True, **changes)
+    _, tables = goodhart.run(config)
     return calls, starts[0].args, tables
 
 
 def test_each_price_is_paid_to_one_judge_and_doubt_has_all_of_them_and_no_price(monkeypatch):
     calls, start, tables = climbs(monkeypatch, betas="0.3 0", judges=3)
-    assert calls == [(0.3, ["first"]), (0.0, ["first"]), (0.0, ["first", "second", "third"])]
-    assert list(tables) == ["beta 0.3", "beta 0", "doubt"] and start[2] == "first"
-    assert [table[0]["gold"] for table in tables.values()] == [1, 1, 3]
+    judges = ["first", "second", "third"]
+    assert calls == [(0.3, ["first"]), (0.0, ["first"]), (0.0, judges)]
+    assert list(tables) == ["beta 0.3", "beta 0", "doubt"]
+    assert start[2] == "first"
+    golds = [table[0]["gold"] for table in tables.values()]
+    assert golds == [1, 1, 3]
 
 
 def test_with_one_judge_there_is_no_doubt(monkeypatch):
-    assert climbs(monkeypatch, betas="0", judges=1)[0] == [(0.0, ["first"])]
+    calls, _, _ = climbs(monkeypatch, betas="0", judges=1)
+    assert calls == [(0.0, ["first"])]
 
 
 def test_what_a_run_is_liked_is_of_its_own_answers(monkeypatch):
-    tables = climbs(monkeypatch, betas="0.3 0", judges=3)[2].values()
-    liked = [now["liked"] for table in tables for now in table[:1]]
-    assert liked == pytest.approx(torch.sigmoid(torch.tensor([1.0, 2.0, 3.0])).tolist())
+    _, _, tables = climbs(monkeypatch, betas="0.3 0", judges=3)
+    liked = [table[0]["liked"] for table in tables.values()]
+    scores = torch.tensor([1.0, 2.0, 3.0])
+    assert liked == pytest.approx(scores.sigmoid().tolist())
 
 
 @pytest.mark.parametrize("name, value", [
-    ("init", "x"), ("data", "x"), ("reward", "x"), ("steps", 7), ("batch", 7), ("lr", 0.25),
-    ("seed", 7), ("algorithm", "reinforce"), ("accumulate", 7), ("lora", 7), ("bf16", True)])
+    ("init", "x"),
+    ("data", "x"),
+    ("reward", "x"),
+    ("steps", 7),
+    ("batch", 7),
+    ("lr", 0.25),
+    ("seed", 7),
+    ("algorithm", "reinforce"),
+    ("accumulate", 7),
+    ("lora", 7),
+    ("bf16", True)])
 def test_a_climb_is_told_what_goodhart_is_told(monkeypatch, name, value):
-    calls = []
-    monkeypatch.setattr(ppo, "train", lambda settings, score: calls.append(settings) or {"log": []})
-    goodhart.climb(goodhart.Config(**{name: value}), 0.03, [])
-    assert getattr(calls[0], name) == value and calls[0].beta == 0.03
+    told_to_ppo = []
+
+    def train(settings, score):
+        told_to_ppo.append(settings)
+        return {"log": []}
+    monkeypatch.setattr(ppo, "train", train)
+    config = goodhart.Config(**{name: value})
+    goodhart.climb(config, 0.03, [])
+    settings = told_to_ppo[0]
+    assert getattr(settings, name) == value
+    assert settings.beta == 0.03
 
 
 def test_the_judges_are_those_of_reward_and_others_that_learned_from_other_seeds(monkeypatch,
@@ -1428,12 +1798,21 @@ def test_the_judges_are_those_of_reward_and_others_that_learned_from_other_seeds
     (tmp_path / "judge_1").mkdir()
     (tmp_path / "judge_1" / "config.json").touch()
     made = []
+
+    def load_reward_model(settings, tokenizer):
+        return settings.reward
+
+    def score_by(model, tokenizer):
+        return model
     monkeypatch.setattr(reward_model, "train", made.append)
-    replace_all(monkeypatch, ppo, load_reward_model=lambda settings, tokenizer: settings.reward,
-                score_by=lambda model, tokenizer: model)
+    replace_all(monkeypatch, ppo, load_reward_model=load_reward_model, score_by=score_by)
     monkeypatch.setattr(goodhart, "load", by_name)
     reward = str(tmp_path / "judge")
     config = goodhart.Config(init="old", reward=reward, bf16=True, quiet=True)
-    assert goodhart.load_judges(config, 3) == [reward, f"{reward}_1", f"{reward}_2"]
-    assert [(one.seed, one.out, one.init) for one in made] == [(2, f"{reward}_2", "old")]
-    assert made[0].bf16
+    judges = goodhart.load_judges(config, 3)
+    one, = made
+    assert judges == [reward, f"{reward}_1", f"{reward}_2"]
+    assert one.seed == 2
+    assert one.out == f"{reward}_2"
+    assert one.init == "old"
+    assert one.bf16
