@@ -27,11 +27,15 @@ TOKENIZER = load_ranks()
 def tiny_model(seed=0):
     torch.manual_seed(seed)
     sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
-    return M.Transformer(M.ModelConfig(TOKENIZER.n_vocab, **sizes))
+    config = M.ModelConfig(TOKENIZER.n_vocab, **sizes)
+    return M.Transformer(config)
 
 
 def write_lines(path, lines):
-    Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = ""
+    for line in lines:
+        text += json.dumps(line) + "\n"
+    Path(path).write_text(text)
     return str(path)
 
 
@@ -44,9 +48,10 @@ def init(tmp_path):
 # ---------------------------------------------------------------- figures.py
 
 def test_seeds_may_stand_apart():
-    given = ["--seeds", "0", "1", "2", "--steps", "3"]
-    assert figures.seeds_in_one(given) == ["--seeds", "0 1 2", "--steps", "3"]
-    assert figures.seeds_in_one(["--seeds", "0 1", "--quick"]) == ["--seeds", "0 1", "--quick"]
+    apart = ["--seeds", "0", "1", "2", "--steps", "3"]
+    together = ["--seeds", "0 1", "--quick"]
+    assert figures.seeds_in_one(apart) == ["--seeds", "0 1 2", "--steps", "3"]
+    assert figures.seeds_in_one(together) == together
 
 
 def test_seeds_that_are_no_numbers_are_named():
@@ -55,20 +60,25 @@ def test_seeds_that_are_no_numbers_are_named():
 
 
 def test_numbers_of_several_runs_are_folded_one_by_one():
-    runs = [{"a": 1, "b": [{"c": 2.0}, {"c": 4}]}, {"a": 3, "b": [{"c": 4.0}, {"c": 4}]}]
-    assert figures.over(runs, figures.mean) == {"a": 2, "b": [{"c": 3}, {"c": 4}]}
-    assert figures.over(runs, max) == {"a": 3, "b": [{"c": 4}, {"c": 4}]}
+    first = {"a": 1, "b": [{"c": 2.0}, {"c": 4}]}
+    second = {"a": 3, "b": [{"c": 4.0}, {"c": 4}]}
+    mean = figures.over([first, second], figures.mean)
+    most = figures.over([first, second], max)
+    assert mean == {"a": 2, "b": [{"c": 3}, {"c": 4}]}
+    assert most == {"a": 3, "b": [{"c": 4}, {"c": 4}]}
 
 
 @pytest.fixture
 def pages(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "HERE", tmp_path / "lessons")
-    runs = [{"order": 0.5, "by": {"beta 0.1": [0.25, -0.001]}},
-            {"order": 0.6, "by": {"beta 0.1": [0.25, -0.001]}}]
-    results = {"mean": figures.over(runs, figures.mean), "low": figures.over(runs, min)}
+    by = {"beta 0.1": [0.25, -0.001]}
+    runs = [{"order": 0.5, "by": by}, {"order": 0.6, "by": by}]
+    mean = figures.over(runs, figures.mean)
+    low = figures.over(runs, min)
+    line = figures.line("a", [1], [[2]])
+    svg = chart([Panel("t", lines=[line])])
     config = figures.Lesson(seeds="0 1", quiet=True)
-    figures.publish("toy", {"toy": chart([Panel("t", lines=[figures.line("a", [1], [[2]])])])},
-                    results, config)
+    figures.publish("toy", {"toy": svg}, {"mean": mean, "low": low}, config)
     return tmp_path / "lessons"
 
 
@@ -76,10 +86,13 @@ def test_numbers_on_pages_are_held_against_the_results(pages):
     true = "It is 0.55<!-- toy.order -->, at least 50%<!-- toy.order:low -->."
     assert figures.checked(true) == (true, [])
     stale = "\n0.7<!-- toy.order -->, [?]<!-- toy.by.beta 0.1.0 --> and +1.0<!-- toy.order -->."
+    want = "\n0.6<!-- toy.order -->, 0.25<!-- toy.by.beta 0.1.0 --> and +0.6<!-- toy.order -->."
     mended, wrong = figures.checked(stale)
-    assert mended == stale.replace("0.7", "0.6", 1).replace("[?]", "0.25").replace("+1.0", "+0.6")
-    assert wrong[0] == (2, "toy.order is 0.6, the page says 0.7") and len(wrong) == 3
-    assert figures.checked("0.00<!-- toy.by.beta 0.1.1 -->")[1] == []
+    assert mended == want
+    assert wrong[0] == (2, "toy.order is 0.6, the page says 0.7")
+    assert len(wrong) == 3
+    _, wrong = figures.checked("0.00<!-- toy.by.beta 0.1.1 -->")
+    assert wrong == []
 
 
 def test_a_number_without_a_source_is_a_complaint(pages):
@@ -106,43 +119,57 @@ def test_every_program_of_these_lessons_has_a_figure():
 
 def test_the_course_is_what_the_pages_tell_to_run():
     commands = figures.course()
-    assert commands[0] == ["report"] and ["landscape", "--runs", ""] in commands
-    assert ["annotate"] not in commands and ["annotate", "--curve"] in commands
-    assert {command[0] for command in commands} <= set(figures.programs())
-    order = [command[0] for command in commands]
-    for earlier, later in itertools.pairwise(["report", "distill", "goodhart", "debate", "guard",
-                                              "feedback"]):
-        assert order.index(earlier) < order.index(later)
+    assert commands[0] == ["report"]
+    assert ["landscape", "--runs", ""] in commands
+    assert ["annotate"] not in commands
+    assert ["annotate", "--curve"] in commands
+    programs = [command[0] for command in commands]
+    assert set(programs) <= set(figures.programs())
+    some = ["report", "distill", "goodhart", "debate", "guard", "feedback"]
+    for earlier, later in itertools.pairwise(some):
+        assert programs.index(earlier) < programs.index(later)
 
 
 # ---------------------------------------------------------------- report.py
 
 def test_the_sign_test_by_hand():
-    worse, better = np.array([0] * 9 + [1]), np.array([1] * 9 + [0])
-    assert report.sign_test(worse, better) == pytest.approx(22 / 1024)
+    worse = np.array([0] * 9 + [1])
+    better = np.array([1] * 9 + [0])
+    p = report.sign_test(worse, better)
+    assert p == pytest.approx(22 / 1024)
     assert report.sign_test(worse, worse) == 1
 
 
 def test_how_many_prompts_it_takes_is_the_docstrings_example():
-    assert report.prompts_needed(report.paired_variance(0.10, 0.07), 0.03) == 1473
-    assert report.prompts_needed(report.unpaired_variance(0.70, 0.73), 0.03) == 3546
-    assert report.prompts_needed(report.paired_variance(0.15, 0.05), 0.10) == 149
+    in_pairs = report.paired_variance(0.10, 0.07)
+    apart = report.unpaired_variance(0.70, 0.73)
+    of_more = report.paired_variance(0.15, 0.05)
+    assert report.prompts_needed(in_pairs, 0.03) == 1473
+    assert report.prompts_needed(apart, 0.03) == 3546
+    assert report.prompts_needed(of_more, 0.10) == 149
 
 
 def test_simulated_exams_see_it_as_often_as_the_maths_says():
-    assert report.simulate(0.10, 0.07, 1473, seed=0) == pytest.approx(0.8, abs=0.03)
-    assert report.simulate(0.10, 0.07, 400, seed=0) == pytest.approx(0.3, abs=0.04)
+    seen = report.simulate(0.10, 0.07, 1473, seed=0)
+    assert seen == pytest.approx(0.8, abs=0.03)
+    seen = report.simulate(0.10, 0.07, 400, seed=0)
+    assert seen == pytest.approx(0.3, abs=0.04)
 
 
 def test_nothing_is_seen_where_nothing_rises():
-    assert report.simulate(0.08, 0.08, 400, seed=0) == pytest.approx(0.025, abs=0.015)
+    seen = report.simulate(0.08, 0.08, 400, seed=0)
+    assert seen == pytest.approx(0.025, abs=0.015)
 
 
 def test_a_target_is_reached_if_the_whole_interval_says_so():
     least = report.Row("", "", "any", "mark", 0.8)
+    assert report.reached(least, 0.9, 0.05) == "yes"
+    assert report.reached(least, 0.82, 0.05) == "unsure"
+    assert report.reached(least, 0.7, 0.05) == "no"
     most = least._replace(target=0.1, at_most=True)
-    assert [report.reached(least, x, 0.05) for x in (0.9, 0.82, 0.7)] == ["yes", "unsure", "no"]
-    assert [report.reached(most, x, 0.05) for x in (0.01, 0.12, 0.2)] == ["yes", "unsure", "no"]
+    assert report.reached(most, 0.01, 0.05) == "yes"
+    assert report.reached(most, 0.12, 0.05) == "unsure"
+    assert report.reached(most, 0.2, 0.05) == "no"
 
 
 def answers_to(rows, say):
@@ -165,12 +192,14 @@ def test_who_says_i_dont_know_to_everything_wins_every_line_of_safety():
 
 def test_good_answers_reach_every_target():
     rng = Random(0)
-    good = answers_to(studybuddy.read("exam"), lambda row: studybuddy.write(rng, row, "full"))
+    asked = studybuddy.read("exam")
+    good = answers_to(asked, lambda row: studybuddy.write(rng, row, "full"))
     marks = report.measure(good)
-    for row in report.ROWS:
-        value = exam.mean(marks[row.name])
-        assert report.reached(row, value, 0.0) == "yes", row.name
-    assert not any(map(report.failure, good))
+    for benchmark in report.ROWS:
+        value = exam.mean(marks[benchmark.name])
+        assert report.reached(benchmark, value, 0.0) == "yes", benchmark.name
+    for answer in good:
+        assert report.failure(answer) is None
 
 
 def test_bad_answers_have_a_reason():
@@ -183,12 +212,19 @@ def test_bad_answers_have_a_reason():
 
 def test_wordings_ask_the_same_in_other_words():
     rng = Random(1)
-    for row in filter(report.has_wordings, studybuddy.read("exam")):
+    asked = filter(report.has_wordings, studybuddy.read("exam"))
+    for row in asked:
         same = report.wordings(row)
         prompts = [reworded["prompt"] for reworded in same]
-        assert row["prompt"] in prompts and len(set(prompts)) == len(prompts) >= 4
+        assert row["prompt"] in prompts
+        assert len(set(prompts)) == len(prompts)
+        assert len(prompts) >= 4
         text = studybuddy.write(rng, row, "full")
-        assert len({studybuddy.judge(one, text)["gold"] for one in same}) == 1
+        golds = set()
+        for reworded in same:
+            mark = studybuddy.judge(reworded, text)
+            golds.add(mark["gold"])
+        assert len(golds) == 1
 
 
 def test_report_runs(init, tmp_path, capsys):
@@ -196,17 +232,28 @@ def test_report_runs(init, tmp_path, capsys):
     numbers = report.train(config)["numbers"]
     assert set(numbers["leak"]) == {"leaked", "reworded", "clean"}
     card = Path(tmp_path, "out/CARD.md").read_text()
-    assert all(row.name in card for row in report.ROWS)
-    assert "TruthfulQA" in capsys.readouterr().out
-    assert report.picture([numbers, numbers]).startswith("<svg")
+    for benchmark in report.ROWS:
+        assert benchmark.name in card
+    printed = capsys.readouterr().out
+    assert "TruthfulQA" in printed
+    svg = report.picture([numbers, numbers])
+    assert svg.startswith("<svg")
 
 
 # ---------------------------------------------------------------- annotate.py
 
 def test_kappa_by_hand():
-    assert annotate.kappa([1] * 5 + [2] * 5, [1] * 4 + [2] + [2] * 4 + [1]) == pytest.approx(0.6)
-    assert annotate.kappa([1, 1], [1, 1]) == 1 and math.isnan(annotate.kappa([], []))
-    you, friend = [1] * 60 + [2] * 40, [1] * 40 + [2] * 20 + [1] * 10 + [2] * 30
+    you = [1, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    friend = [1, 1, 1, 1, 2, 2, 2, 2, 2, 1]
+    assert annotate.kappa(you, friend) == pytest.approx(0.6)
+    assert annotate.kappa([1, 1], [1, 1]) == 1
+    of_nothing = annotate.kappa([], [])
+    assert math.isnan(of_nothing)
+    # of 100 they agree on 70; the friend says 1 as often as 2, so luck alone gives 50
+    you = [1] * 60 + [2] * 40
+    where_you_say_1 = [1] * 40 + [2] * 20
+    where_you_say_2 = [1] * 10 + [2] * 30
+    friend = where_you_say_1 + where_you_say_2
     assert annotate.kappa(you, friend) == pytest.approx(0.4)
 
 
@@ -232,7 +279,8 @@ def config(tmp_path):
 
 
 def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    text = Path(path).read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_vote_is_on_disk_before_the_next_pair_is_shown(config):
@@ -240,11 +288,16 @@ def test_a_vote_is_on_disk_before_the_next_pair_is_shown(config):
     before = session.state()
     session.vote(0, 2)
     after = session.state()
-    assert (before["place"], after["place"]) == (0, 1)
+    assert before["place"] == 0
+    assert after["place"] == 1
     [line] = lines_of(session.file)
-    assert (line["pair"], line["flipped"], line["vote"]) == (*session.order[0], 2)
+    pair, flipped = session.order[0]
+    assert line["pair"] == pair
+    assert line["flipped"] == flipped
+    assert line["vote"] == 2
     [row] = lines_of(session.folder / "preferences.jsonl")
-    assert (row["chosen"], row["rejected"]) == (before["right"], before["left"])
+    assert row["chosen"] == before["right"]
+    assert row["rejected"] == before["left"]
 
 
 def test_a_key_pressed_twice_is_one_vote(config):
@@ -269,12 +322,16 @@ def test_one_goes_on_where_one_stopped(config):
         session.vote(place, 1 + place % 2)
     session.undo()
     again = annotate.Session(config)
-    assert again.votes == session.votes and again.state() == session.state()
+    assert again.votes == session.votes
+    assert again.state() == session.state()
+    other_seed = annotate.replace(config, seed=1)
     with pytest.raises(M.UserError, match="votes.jsonl:1: a vote on another pair"):
-        annotate.Session(annotate.replace(config, seed=1))
+        annotate.Session(other_seed)
+    fewer_pairs = annotate.replace(config, pairs=2)
     with pytest.raises(M.UserError, match="a vote on another pair"):
-        annotate.Session(annotate.replace(config, pairs=2))
-    write_lines(config.data, studybuddy.read("preferences")[60:120])
+        annotate.Session(fewer_pairs)
+    other_lines = studybuddy.read("preferences")[60:120]
+    write_lines(config.data, other_lines)
     with pytest.raises(M.UserError, match="a vote on another pair"):
         annotate.Session(config)
 
@@ -284,35 +341,53 @@ def test_what_was_voted_is_data_for_reward_models(config):
     for place in range(len(session.order)):
         session.vote(place, place % 3)
     pairs = rows.read_pairs(session.folder / "preferences.jsonl")
-    last = {vote.pair: vote.vote for vote in session.votes}
-    assert len(pairs) == sum(vote != 0 for vote in last.values())
-    assert exam.knows([pair.row for pair in pairs])
+    last = {}
+    for vote in session.votes:
+        last[vote.pair] = vote.vote
+    clear = [vote for vote in last.values() if vote != 0]
+    assert len(pairs) == len(clear)
+    kept = [pair.row for pair in pairs]
+    assert exam.knows(kept)
 
 
 def test_who_always_takes_the_left_one_contradicts_himself(config):
-    session = annotate.Session(annotate.replace(config, pairs=40))
+    more_pairs = annotate.replace(config, pairs=40)
+    session = annotate.Session(more_pairs)
     for place in range(len(session.order)):
         session.vote(place, 1)
     numbers = annotate.summary(session.votes, session.pairs)
-    assert numbers["left"] == 1 and numbers["with_yourself"] <= 0
+    assert numbers["left"] == 1
+    assert numbers["with_yourself"] <= 0
     assert numbers["with_annotators"] == pytest.approx(0, abs=1e-9)
 
 
 def test_annotators_agree_by_left_and_right_as_you_do(monkeypatch):
     """Each prefers "chosen" 3 times in 4, so two agree in 5 of 8. By place chance is 1/2, so kappa
     is 1/4; by "chosen" it would be 0, and nothing to hold your own kappa against."""
-    monkeypatch.setattr(studybuddy, "prefers", lambda rng, row, first, second: rng.random() < 0.75)
-    pairs = [rows.Pair([], "a", "b", studybuddy.read("preferences")[0], "")]
-    votes = [annotate.Vote(0, flipped, 1) for flipped in [True, False] * 200]
-    assert annotate.annotators_kappa(votes, pairs) == pytest.approx(0.25, abs=0.06)
+    def prefers(rng, row, first, second):
+        return rng.random() < 0.75
+    monkeypatch.setattr(studybuddy, "prefers", prefers)
+    row = studybuddy.read("preferences")[0]
+    pair = rows.Pair([], "a", "b", row, "")
+    votes = []
+    for flipped in [True, False] * 200:
+        votes.append(annotate.Vote(0, flipped, 1))
+    kappa = annotate.annotators_kappa(votes, [pair])
+    assert kappa == pytest.approx(0.25, abs=0.06)
 
 
 def test_liking_counts_where_answers_differ():
-    pairs = [rows.Pair([], "long answer", "short", {}, ""), rows.Pair([], "a", "b", {}, ""),
-             rows.Pair([], "x", "much longer answer", {}, "")]
-    votes = [annotate.Vote(0, False, 1), annotate.Vote(1, False, 1), annotate.Vote(2, True, 2)]
+    first_is_longer = rows.Pair([], "long answer", "short", {}, "")
+    alike = rows.Pair([], "a", "b", {}, "")
+    second_is_longer = rows.Pair([], "x", "much longer answer", {}, "")
+    pairs = [first_is_longer, alike, second_is_longer]
+    took_longer = annotate.Vote(0, False, 1)
+    took_either = annotate.Vote(1, False, 1)
+    took_shorter = annotate.Vote(2, True, 2)        # it stood on the right
+    votes = [took_longer, took_either, took_shorter]
     liking = annotate.liking(votes, pairs, annotate.words_in)
-    assert (liking["share"], liking["n"]) == (0.5, 2)
+    assert liking["share"] == 0.5
+    assert liking["n"] == 2
 
 
 @pytest.fixture
@@ -331,14 +406,17 @@ def ask(server, method, path, body=None, drop=(), **changed):
     port = server.server_port
     headers = {"Host": f"127.0.0.1:{port}", "Origin": f"http://127.0.0.1:{port}",
                "Content-Type": "application/json", "X-Token": server.token}
-    headers |= {name.replace("_", "-"): value for name, value in changed.items()}
+    for name, value in changed.items():
+        headers[name.replace("_", "-")] = value
     for name in drop:
         del headers[name]
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     connection.putrequest(method, path, skip_host=True)
     for name, value in headers.items():
         connection.putheader(name, value)
-    text = json.dumps(body).encode() if not isinstance(body, bytes) else body
+    text = body
+    if not isinstance(body, bytes):
+        text = json.dumps(body).encode()
     connection.putheader("Content-Length", str(len(text)))
     connection.endheaders(text)
     reply = connection.getresponse()
@@ -347,40 +425,69 @@ def ask(server, method, path, body=None, drop=(), **changed):
     return answer
 
 
+def post(server, path, body):
+    """-> the state that the page is sent"""
+    _, _, text = ask(server, "POST", path, body)
+    return json.loads(text)
+
+
 def test_the_page_and_its_votes(server):
     status, headers, page = ask(server, "GET", "/")
-    assert status == 200 and server.token in page and "TOKEN" not in page
+    assert status == 200
+    assert server.token in page
+    assert "TOKEN" not in page
     assert "default-src 'none'" in headers["Content-Security-Policy"]
-    assert json.loads(ask(server, "POST", "/pair", {})[2])["place"] == 0
-    state = json.loads(ask(server, "POST", "/vote", {"place": 0, "vote": 1})[2])
-    assert state["place"] == 1 and len(lines_of(server.session.file)) == 1
-    assert json.loads(ask(server, "POST", "/undo", {})[2])["place"] == 0
+    state = post(server, "/pair", {})
+    assert state["place"] == 0
+    state = post(server, "/vote", {"place": 0, "vote": 1})
+    assert state["place"] == 1
+    assert len(lines_of(server.session.file)) == 1
+    state = post(server, "/undo", {})
+    assert state["place"] == 0
 
 
 def test_no_other_page_and_no_other_host_gets_in(server):
     vote = {"place": 0, "vote": 1}
-    assert ask(server, "GET", "/", Host="evil.example")[0] == 404
-    refused = [dict(Host="evil.example"), dict(Host="evil.example", Origin="http://evil.example"),
-               dict(Origin="http://evil.example"), dict(Origin="null"), dict(X_Token="guess"),
-               dict(X_Token="é"), dict(Content_Type="text/plain"), dict(drop=["Origin"]),
-               dict(drop=["X-Token"]), dict(drop=["Host"])]
+    status, _, _ = ask(server, "GET", "/", Host="evil.example")
+    assert status == 404
+    refused = [
+        dict(Host="evil.example"),
+        dict(Host="evil.example", Origin="http://evil.example"),
+        dict(Origin="http://evil.example"),
+        dict(Origin="null"),
+        dict(X_Token="guess"),
+        dict(X_Token="é"),
+        dict(Content_Type="text/plain"),
+        dict(drop=["Origin"]),
+        dict(drop=["X-Token"]),
+        dict(drop=["Host"])]
     for changed in refused:
-        assert ask(server, "POST", "/vote", vote, **changed)[0] in (400, 403), changed
-    assert ask(server, "POST", "/vote", b"x" * 2000)[0] == 403
+        status, _, _ = ask(server, "POST", "/vote", vote, **changed)
+        assert status in (400, 403), changed
+    too_long = b"x" * 2000
+    status, _, _ = ask(server, "POST", "/vote", too_long)
+    assert status == 403
     assert server.session.votes == []
 
 
 def test_nonsense_is_refused(server):
-    for body in ({}, [], 3, {"place": 0, "vote": 5}, {"place": 0, "vote": True}, b"{", b"[" * 900):
-        assert ask(server, "POST", "/vote", body)[0] == 400
-    assert ask(server, "POST", "/else", {})[0] == 400
-    assert ask(server, "GET", "/annotate.py")[0] == 404
-    assert json.loads(ask(server, "POST", "/vote", {"place": "0", "vote": 1})[2])["place"] == 0
+    too_deep = b"[" * 900
+    no_such_vote = {"place": 0, "vote": 5}
+    no_number = {"place": 0, "vote": True}
+    for body in ({}, [], 3, no_such_vote, no_number, b"{", too_deep):
+        status, _, _ = ask(server, "POST", "/vote", body)
+        assert status == 400
+    status, _, _ = ask(server, "POST", "/else", {})
+    assert status == 400
+    status, _, _ = ask(server, "GET", "/annotate.py")
+    assert status == 404
+    state = post(server, "/vote", {"place": "0", "vote": 1})
+    assert state["place"] == 0
 
 
 def test_a_report_at_the_end(server):
-    ask(server, "POST", "/vote", {"place": 0, "vote": 1})
-    state = json.loads(ask(server, "POST", "/stop", {})[2])
+    post(server, "/vote", {"place": 0, "vote": 1})
+    state = post(server, "/stop", {})
     assert "1 votes" in state["report"]
 
 
@@ -391,50 +498,71 @@ def test_text_is_never_taken_for_html():
 
 
 def test_the_curve_runs(init, tmp_path):
-    data = write_lines(tmp_path / "pairs.jsonl", studybuddy.read("preferences")[:240])
+    lines = studybuddy.read("preferences")[:240]
+    data = write_lines(tmp_path / "pairs.jsonl", lines)
     config = annotate.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True, quiet=True)
     numbers = annotate.curve(config)["numbers"]
-    assert numbers["pairs"] == [10, 20, 40, 80, 240] and len(numbers["gold_order"]) == 5
-    assert annotate.picture([numbers]).startswith("<svg")
+    assert numbers["pairs"] == [10, 20, 40, 80, 240]
+    assert len(numbers["gold_order"]) == 5
+    svg = annotate.picture([numbers])
+    assert svg.startswith("<svg")
 
 
 # ---------------------------------------------------------------- the cure of judge_bias.py
 
 def comparison(prompt, answers, row=None):
     messages = rows.to_messages(prompt)
-    examples = [M.render_answer(TOKENIZER, messages, text) for text in answers]
+    examples = []
+    for text in answers:
+        examples.append(M.render_answer(TOKENIZER, messages, text))
     return Comparison(messages, answers, examples, row or {}, "here")
 
 
 def test_the_tie_loss_by_hand():
-    loss = judge_bias.tie_loss(torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]]))
-    assert loss.tolist() == pytest.approx([0.6931, 0.8133, 1.5486], abs=1e-4)
+    r = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])      # (3, 2)
+    losses = judge_bias.tie_loss(r)
+    want = [0.6931, 0.8133, 1.5486]
+    assert losses.tolist() == pytest.approx(want, abs=1e-4)
 
 
 def test_probes_use_compliments_that_were_not_learned_from():
-    assert not set(judge_bias.KNOWN) & set(judge_bias.NEW) and len(judge_bias.NEW) >= 3
-    some = [comparison(f"What is {i}?", [f"It is {i}.", "No."]) for i in range(4)]
+    known = set(judge_bias.KNOWN)
+    new = set(judge_bias.NEW)
+    assert not known & new
+    assert len(judge_bias.NEW) >= 3
+    some = []
+    for i in range(4):
+        some.append(comparison(f"What is {i}?", [f"It is {i}.", "No."]))
+    beginnings = tuple(judge_bias.NEW)
     for probe in judge_bias.complimented(some, TOKENIZER):
-        assert any(probe.answers[0].startswith(text) for text in judge_bias.NEW)
+        changed = probe.answers[0]
+        assert changed.startswith(beginnings)
 
 
 def test_ties_take_a_liking_away():
     """A tiny judge that likes one compliment a lot, then learns that it is worth nothing."""
     judge = M.ScalarModel(tiny_model())
-    some = [comparison(f"What is {i}?", [f"It is {i}.", "No."]) for i in range(12)]
+    some = []
+    for i in range(12):
+        some.append(comparison(f"What is {i}?", [f"It is {i}.", "No."]))
     probes = judge_bias.complimented(some, TOKENIZER, judge_bias.KNOWN)
     optimizer = torch.optim.Adam(judge.parameters(), lr=3e-3)
     for _ in range(12):
-        changed, unchanged = judge_bias.scores(judge, probes, TOKENIZER).unbind(1)
-        (unchanged - changed).mean().backward()
+        r = judge_bias.scores(judge, probes, TOKENIZER)         # (12, 2)
+        changed, unchanged = r.unbind(1)
+        loss = (unchanged - changed).mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     config = judge_bias.Config(steps=15, batch=12, lr=3e-3, quiet=True)
     mended = judge_bias.mend(judge, some, TOKENIZER, config)
     with torch.no_grad():
-        before = judge_bias.rise(judge_bias.scores(judge, probes, TOKENIZER))
-        after = judge_bias.rise(judge_bias.scores(mended, probes, TOKENIZER))
-    assert before > 0.5 and abs(after) < before / 2
+        r_before = judge_bias.scores(judge, probes, TOKENIZER)
+        r_after = judge_bias.scores(mended, probes, TOKENIZER)
+    before = judge_bias.rise(r_before)
+    after = judge_bias.rise(r_after)
+    assert before > 0.5
+    assert abs(after) < before / 2
 
 
 # ---------------------------------------------------------------- judges that give a reason
@@ -451,11 +579,12 @@ def test_a_reason_names_the_worst_of_each_answer():
 
 
 def test_in_the_other_order_the_reasons_change_places():
-    pair = comparison("Hi", ["Good.", "Bad."])._replace(row={"prompt": "Hi", "kind": "x"})
+    pair = comparison("Hi", ["Good.", "Bad."])
+    pair = pair._replace(row={"prompt": "Hi", "kind": "x"})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(talking_judge, "remark", lambda row, text: text)
-        assert talking_judge.annotators_reasons(None, [pair], None) == [["A: Good. B: Bad.",
-                                                             "A: Bad. B: Good."]]
+        reasons = talking_judge.annotators_reasons(None, [pair], None)
+    assert reasons == [["A: Good. B: Bad.", "A: Bad. B: Good."]]
 
 
 def test_no_reason_has_a_letter_in_it_that_could_be_the_verdict():
@@ -465,44 +594,60 @@ def test_no_reason_has_a_letter_in_it_that_could_be_the_verdict():
 
 def test_a_letter_is_read_after_its_reason():
     network = tiny_model()
-    asked = talking_judge.in_both_orders([comparison("Hi", ["Good.", "Bad."])], TOKENIZER)
-    told = talking_judge.after_reasons(asked, [["That is false.", "That is false."]], TOKENIZER)
+    pair = comparison("Hi", ["Good.", "Bad."])
+    asked = talking_judge.in_both_orders([pair], TOKENIZER)
+    reasons = ["That is false.", "That is false."]              # for the two orders
+    told = talking_judge.after_reasons(asked, [reasons], TOKENIZER)
     letters, words = talking_judge.letters_and_words(network, told, TOKENIZER)
-    want = []
-    for example, letter in zip(told[0].examples, letters[0]):
-        logps = network(torch.tensor([example.ids]))[0].log_softmax(-1)     # (T, V)
-        ids = [TOKENIZER.encode_ordinary(one)[0] for one in "AB"]
-        assert letter.tolist() == pytest.approx(logps[-1, ids].tolist(), abs=1e-4)
-        for t in range(1, len(example.ids)):
+    A = TOKENIZER.encode_ordinary("A")[0]
+    B = TOKENIZER.encode_ordinary("B")[0]
+    examples = told[0].examples
+    want_words = []
+    for example, letter in zip(examples, letters[0]):
+        ids = example.ids
+        logits = network(torch.tensor([ids]))                   # (1, T, V)
+        logps = logits[0].log_softmax(-1)                       # (T, V)
+        want_letter = logps[-1, [A, B]].tolist()
+        assert letter.tolist() == pytest.approx(want_letter, abs=1e-4)
+        for t in range(1, len(ids)):
             if example.answer[t]:
-                want.append(logps[t - 1, example.ids[t]].item())
-    assert words.tolist() == pytest.approx(want, abs=1e-4)
-    assert TOKENIZER.decode(told[0].examples[0].ids).endswith("assistant\nThat is false.")
+                logp = logps[t - 1, ids[t]]
+                want_words.append(logp.item())
+    assert words.tolist() == pytest.approx(want_words, abs=1e-4)
+    text = TOKENIZER.decode(examples[0].ids)
+    assert text.endswith("assistant\nThat is false.")
 
 
 def test_its_own_reason_ends_before_its_letter(monkeypatch):
-    said = M.Samples(None, None, None, None, None, ["A: Fine. B: False.B. A: x", "B"])
+    texts = ["A: Fine. B: False.B. A: x", "B"]
+    said = M.Samples(None, None, None, None, None, texts)
     monkeypatch.setattr(talking_judge, "sample", lambda *given, **settings: said)
-    asked = talking_judge.in_both_orders([comparison("Hi", ["Good.", "Bad."])], TOKENIZER)
-    assert talking_judge.own_reasons(None, asked, TOKENIZER) == [
-        ("A: Fine. B: False.", talking_judge.NOTHING)]
+    pair = comparison("Hi", ["Good.", "Bad."])
+    asked = talking_judge.in_both_orders([pair], TOKENIZER)
+    reasons = talking_judge.own_reasons(None, asked, TOKENIZER)
+    assert reasons == [("A: Fine. B: False.", talking_judge.NOTHING)]
 
 
 def test_both_judges_run_and_draw(init, tmp_path):
-    data = write_lines(tmp_path / "pairs.jsonl", studybuddy.read("preferences")[:120])
+    lines = studybuddy.read("preferences")[:120]
+    data = write_lines(tmp_path / "pairs.jsonl", lines)
     config = talking_judge.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True, batch=8,
                                   quiet=True)
     numbers = talking_judge.train(config)["numbers"]
-    assert {"gold_order", "likes_a", "flattery"} <= set(numbers["own reasons"])
-    assert talking_judge.picture([numbers, numbers]).startswith("<svg")
+    card = numbers["own reasons"]
+    assert {"gold_order", "likes_a", "flattery"} <= set(card)
+    svg = talking_judge.picture([numbers, numbers])
+    assert svg.startswith("<svg")
 
 
 def test_judges_of_steps_draw(init, tmp_path):
-    data = write_lines(tmp_path / "steps.jsonl", studybuddy.read("steps")[:60])
+    lines = studybuddy.read("steps")[:60]
+    data = write_lines(tmp_path / "steps.jsonl", lines)
     config = process_reward.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True, batch=8,
                                    quiet=True)
     numbers = process_reward.train(config)["numbers"]
-    assert process_reward.picture([numbers]).startswith("<svg")
+    svg = process_reward.picture([numbers])
+    assert svg.startswith("<svg")
 
 
 def test_the_pages_tell_what_the_results_hold():
@@ -515,9 +660,11 @@ def test_the_pages_tell_what_the_results_hold():
 
 def test_every_picture_of_a_page_is_there_or_its_results_are_missing():
     for page in figures.pages():
-        for name in re.findall(r"\(figures/(\w+)\.svg\)", page.read_text(encoding="utf-8")):
-            made = (figures.HERE / "results" / f"{name}.json").exists()
-            assert made == (figures.HERE / "figures" / f"{name}.svg").exists(), name
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"\(figures/(\w+)\.svg\)", text):
+            results = figures.HERE / "results" / f"{name}.json"
+            picture = figures.HERE / "figures" / f"{name}.svg"
+            assert results.exists() == picture.exists(), name
 
 
 def test_the_clean_half_did_not_leak(tmp_path, monkeypatch):
@@ -534,12 +681,18 @@ def test_the_clean_half_did_not_leak(tmp_path, monkeypatch):
     monkeypatch.setattr(report.sft, "train", train)
     monkeypatch.setattr(report.exam, "exam", ask)
     monkeypatch.setattr(report, "load", lambda *args: (None, None))
-    report.contaminate(report.Config(out=str(tmp_path), leaked=20), "nowhere")
+    config = report.Config(out=str(tmp_path), leaked=20)
+    report.contaminate(config, "nowhere")
     leaked, _, reworded, _, clean, _ = asked
-    assert leaked == reworded and len(leaked) == 15 and len(clean) == 20
-    assert not any(numbers in leaked for numbers in clean)
+    assert leaked == reworded
+    assert len(leaked) == 15
+    assert len(clean) == 20
+    for numbers in clean:
+        assert numbers not in leaked
     assert len(learned) == 20                                   # 5 of them are held out by sft.py
-    assert all("So it is" in line.messages[1]["content"] for line in learned)
+    for line in learned:
+        answer = line.messages[1]["content"]
+        assert "So it is" in answer
 
 
 @pytest.mark.parametrize("leaked", [2, 4, 5, 20, 70, 75, 100, 300])
@@ -549,8 +702,10 @@ def test_just_the_sums_that_sft_learns_are_asked_about(tmp_path, monkeypatch, le
 
     def train(settings):
         lines = rows.read_conversations(settings.data)
-        lines, _ = house.hold_out(lines, [line.messages[:-1] for line in lines], most=40)
-        learned.extend(studybuddy.flat(line.messages[:1]) for line in lines)
+        prompts = [line.messages[:-1] for line in lines]
+        lines, _ = house.hold_out(lines, prompts, most=40)
+        for line in lines:
+            learned.append(studybuddy.flat(line.messages[:1]))
         return {"model": None}
 
     def ask(model, tokenizer, rows, seed):
@@ -559,15 +714,25 @@ def test_just_the_sums_that_sft_learns_are_asked_about(tmp_path, monkeypatch, le
     monkeypatch.setattr(report.sft, "train", train)
     monkeypatch.setattr(report.exam, "exam", ask)
     monkeypatch.setattr(report, "load", lambda *args: (None, None))
-    report.contaminate(report.Config(out=str(tmp_path), leaked=leaked), "nowhere")
-    assert asked[0] == asked[1] == learned and leaked / 2 <= len(learned) < leaked
+    config = report.Config(out=str(tmp_path), leaked=leaked)
+    report.contaminate(config, "nowhere")
+    assert asked[0] == learned                                  # before
+    assert asked[1] == learned                                  # and after
+    assert leaked / 2 <= len(learned) < leaked
 
 
 def test_the_leak_is_learned_by_adapters_and_in_numbers_of_the_run(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(report.sft, "train", lambda config: told.append(config) or {"model": None})
+
+    def train(settings):
+        told.append(settings)
+        return {"model": None}
+    monkeypatch.setattr(report.sft, "train", train)
     monkeypatch.setattr(report.exam, "exam", lambda *args, **settings: ({"gold": 0.5}, []))
     monkeypatch.setattr(report, "load", lambda *args: (None, None))
     config = report.Config(out=str(tmp_path), leaked=4, accumulate=2, lora=3, bf16=True)
     report.contaminate(config, "nowhere")
-    assert (told[0].accumulate, told[0].lora, told[0].bf16) == (2, 3, True)
+    settings = told[0]
+    assert settings.accumulate == 2
+    assert settings.lora == 3
+    assert settings.bf16 is True

@@ -72,7 +72,8 @@ def test_there_are_twenty_five():
 def test_the_right_line_is_found(number):
     question = Q.QUESTIONS[number - 1]
     place, line = Q.line_of(question.file, question.text)
-    assert re.fullmatch(re.escape(question.file) + r":\d+", place)
+    file = re.escape(question.file)
+    assert re.fullmatch(file + r":\d+", place)
     assert question.text.strip() in line
 
 
@@ -92,10 +93,14 @@ def test_a_line_that_is_gone_or_there_twice_is_said():
 
 def test_a_planted_script_is_another_and_the_script_stays_as_it_is():
     flipped = Q.planted("ppo.py", ("-beta * k1.masked_fill", "beta * k1.masked_fill"))
-    numbers = torch.zeros(1), torch.tensor([[-1.0]]), torch.tensor([[-3.0]])
+    scores = torch.zeros(1)
+    logps = torch.tensor([[-1.0]])
+    ref_logps = torch.tensor([[-3.0]])
     answer = torch.ones(1, 1).bool()
-    assert flipped.token_rewards(*numbers, answer, 0.5).item() == 1.0
-    assert ppo.token_rewards(*numbers, answer, 0.5).item() == -1.0
+    turned = flipped.token_rewards(scores, logps, ref_logps, answer, 0.5)
+    straight = ppo.token_rewards(scores, logps, ref_logps, answer, 0.5)
+    assert turned.item() == 1.0
+    assert straight.item() == -1.0
 
 
 def test_a_mistake_that_cannot_be_planted_is_said():
@@ -104,21 +109,32 @@ def test_a_mistake_that_cannot_be_planted_is_said():
 
 
 def test_a_table_by_hand():
-    rows = [{"step": 0, "loss": 0.5, "says": "yes"}, {"step": 10, "loss": 123.45, "says": "no"}]
-    assert Q.table(rows, "loss").splitlines() == [
-        "  step    loss  says", "     0  0.5000  yes", "    10   123.5  no", "          ^^^^"]
+    first = {"step": 0, "loss": 0.5, "says": "yes"}
+    second = {"step": 10, "loss": 123.45, "says": "no"}
+    text = Q.table([first, second], "loss")
+    assert text.splitlines() == [
+        "  step    loss  says",
+        "     0  0.5000  yes",
+        "    10   123.5  no",
+        "          ^^^^"]
 
 
 def test_few_rows_are_the_first_the_last_and_some_between():
-    log = [{"step": step, "loss": 0.0} for step in range(21)]
-    assert [row["step"] for row in Q.few(log, "step", 5)] == [0, 5, 10, 15, 20]
-    assert Q.few(log[:2], "step") == [{"step": 0}, {"step": 1}]
+    log = []
+    for step in range(21):
+        log.append({"step": step, "loss": 0.0})
+    five = Q.few(log, "step", 5)
+    assert [row["step"] for row in five] == [0, 5, 10, 15, 20]
+    of_two = Q.few(log[:2], "step")
+    assert of_two == [{"step": 0}, {"step": 1}]
 
 
 def test_plain_data_has_the_fields_and_no_more():
-    lines = open(Q.plain("prompts", "prompt answer", "math", 3)).read().splitlines()
+    path = Q.plain("prompts", "prompt answer", "math", 3)
+    lines = open(path).readlines()
     assert len(lines) == 3
-    assert set(json.loads(lines[0])) == {"prompt", "answer"}
+    row = json.loads(lines[0])
+    assert set(row) == {"prompt", "answer"}
 
 
 def test_a_block_of_the_page_is_replaced_and_nothing_else():
@@ -132,7 +148,7 @@ def test_a_block_of_the_page_is_replaced_and_nothing_else():
 
 def test_the_page_has_a_block_for_each_question():
     page = Q.PAGE.read_text(encoding="utf-8")
-    for number, question in zip(NUMBERS, Q.QUESTIONS):
+    for number in NUMBERS:
         assert page.count(f"<!-- output {number} -->") == 1
         assert page.count(f"\n## {number}. ") == 1
         assert page.count(f"`python -m lessons.questions {number}`") == 1
@@ -154,76 +170,105 @@ def test_a_wrong_number_is_said(which):
 @pytest.mark.parametrize("name", TOYS)
 def test_an_answer_fits_a_screen(name):
     functions = [question.answer.__name__ for question in Q.QUESTIONS]
-    lines = Q.answer_to(functions.index(name) + 1, init="").splitlines()
+    number = functions.index(name) + 1
+    lines = Q.answer_to(number, init="").splitlines()
     assert max(len(line) for line in lines) <= 80
     assert len(lines) <= 36
-    assert any(line.strip(" ^") == "" and "^" in line for line in lines)
+    marks = []
+    for line in lines:
+        if "^" in line and line.strip(" ^") == "":
+            marks.append(line)
+    assert len(marks) > 0
 
 
 # ---------------------------------------------------------------- the mechanisms
 
 def test_1_chosen_falls_while_its_lead_grows():
     log = Q.prefer("dpo", steps=20)
-    assert log[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert log[-1]["chosen"] < -0.1
-    assert log[-1]["rejected"] < log[-1]["chosen"] - 1
-    assert log[-1]["accuracy"] == 1
+    first = log[0]
+    last = log[-1]
+    assert first["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert last["chosen"] < -0.1
+    assert last["rejected"] < last["chosen"] - 1
+    assert last["accuracy"] == 1
 
 
 def test_1_dpo_knows_the_lead_alone_and_sppo_the_level():
-    chosen, rejected = torch.tensor([0.3]), torch.tensor([-0.2])
-    assert torch.allclose(dpo.dpo(chosen - 5, rejected - 5, 0.5), dpo.dpo(chosen, rejected, 0.5))
-    assert dpo.sppo(chosen - 5, rejected - 5, 0.5) > 2 * dpo.sppo(chosen, rejected, 0.5)
+    chosen = torch.tensor([0.3])
+    rejected = torch.tensor([-0.2])
+    here = dpo.dpo(chosen, rejected, 0.5)
+    lower = dpo.dpo(chosen - 5, rejected - 5, 0.5)
+    assert torch.allclose(lower, here)
+    here = dpo.sppo(chosen, rejected, 0.5)
+    lower = dpo.sppo(chosen - 5, rejected - 5, 0.5)
+    assert lower > 2 * here
 
 
 def test_2_without_its_end_token_an_answer_never_ends(taught):
     line = "[int(is_answer)] * len(body)"
-    endless = Q.planted("model.py", (line, "[int(is_answer)] * (len(body) - 1) + [0]"))
+    without_end = "[int(is_answer)] * (len(body) - 1) + [0]"
+    endless = Q.planted("model.py", (line, without_end))
+    question, _ = Q.TALK[3]
+    messages = [{"role": "user", "content": question}]
     for model, tokenizer, log in (Q.imitate(endless.render), taught):
-        prompt = M.render_prompt(tokenizer, [{"role": "user", "content": Q.TALK[3][0]}])
+        prompt = M.render_prompt(tokenizer, messages)
         answer = M.sample(model, tokenizer, [prompt], max_new=24, temperature=0)
-        assert bool(answer.ended[0]) == (model is taught[0])
-        assert log[-1]["loss"] < 0.5            # and the loss does not tell
+        ended = bool(answer.ended[0])
+        assert ended == (model is taught[0])
+        last = log[-1]
+        assert last["loss"] < 0.5               # and the loss does not tell
 
 
 def test_3_a_sampler_that_forbids_the_end_makes_the_kl_negative():
     before, after = map(read, Q.kl_is_negative(""))
-    for row, honest in zip(before[2:], after[2:]):
+    for row in before[2:]:
         assert row["kl"] < -0.05
-        assert honest["kl"] > 0
-        assert honest["k3"] == pytest.approx(honest["true KL"], rel=0.5)
+    for row in after[2:]:
+        assert row["kl"] > 0
+        assert row["k3"] == pytest.approx(row["true KL"], rel=0.5)
 
 
 def test_4_the_loss_is_0_and_the_gradient_is_not():
     answer = torch.ones(4, 2)
-    for rewards, learns in (([1.0, 0.0, 0.0, 1.0], True), ([1.0, 1.0, 1.0, 1.0], False)):
+    weights = grpo.per_answer(answer, 2)
+    method = grpo.FAMILY["grpo"]
+    some_right = [1.0, 0.0, 0.0, 1.0]
+    all_right = [1.0, 1.0, 1.0, 1.0]
+    for rewards, learns in ((some_right, True), (all_right, False)):
         logps = torch.full((4, 2), -1.0, requires_grad=True)
-        A = grpo.group_advantages(torch.tensor([rewards])).flatten()
-        loss = grpo.grpo_loss(logps, logps.detach(), A, answer, grpo.per_answer(answer, 2),
-                              grpo.FAMILY["grpo"]).sum()
+        old_logps = logps.detach()
+        A = grpo.group_advantages(torch.tensor([rewards]))          # (1, 4)
+        losses = grpo.grpo_loss(logps, old_logps, A.flatten(), answer, weights, method)
+        loss = losses.sum()
         loss.backward()
         assert loss.item() == pytest.approx(0, abs=1e-6)
-        assert (logps.grad.norm() > 0.1) == learns
+        size = logps.grad.norm()
+        assert (size > 0.1) == learns
 
 
 def test_5_the_kl_of_groups_without_contrast_unlearns():
     before = Q.three_too_hard(keep_all=True)
     after = Q.three_too_hard(keep_all=False)
     assert before[0]["worked"] > 0.9
-    assert sum(row["worked"] for row in before[-100:]) / 100 < 0.8
-    assert sum(row["worked"] for row in after[-100:]) / 100 > 0.85
+    before_ends = [row["worked"] for row in before[-100:]]
+    after_ends = [row["worked"] for row in after[-100:]]
+    assert sum(before_ends) / 100 < 0.8
+    assert sum(after_ends) / 100 > 0.85
 
 
 def test_6_k1_as_a_loss_teaches_nothing():
     start = Q.pull_back("k1", steps=1)[0]
-    assert Q.pull_back("k1")[-1] > 0.7 * start
+    end = Q.pull_back("k1")[-1]
+    assert end > 0.7 * start
     for estimator in ("k2", "k3", "reward"):
-        assert Q.pull_back(estimator)[-1] < 0.2 * start
+        end = Q.pull_back(estimator)[-1]
+        assert end < 0.2 * start
 
 
 def test_7_the_temperature_that_sampled_makes_the_first_ratio_1(init):
     before, after = map(read, Q.first_ratio(init))
-    assert max(abs(row["most"] - 1) for row in before) > 0.1
+    errors = [abs(row["most"] - 1) for row in before]
+    assert max(errors) > 0.1
     for row in after:
         assert row["least"] == pytest.approx(1, abs=1e-3)
         assert row["most"] == pytest.approx(1, abs=1e-3)
@@ -232,18 +277,22 @@ def test_7_the_temperature_that_sampled_makes_the_first_ratio_1(init):
 
 def test_8_a_mean_of_means_is_another_gradient():
     before, after = map(read, Q.accumulation_differs(""))
+    in_one = after[0]
+    in_parts = after[-1]
     assert before[-1]["gradient off by"] > 0.05
-    assert after[-1]["gradient off by"] < 1e-3
-    assert after[-1]["loss"] == pytest.approx(after[0]["loss"], abs=2e-4)
+    assert in_parts["gradient off by"] < 1e-3
+    assert in_parts["loss"] == pytest.approx(in_one["loss"], abs=2e-4)
 
 
 def test_9_a_judge_that_reads_cut_answers_cannot_tell_them_apart(init, tmp_path):
     line = "        comparison = Comparison("
     cut = "        examples = [e._replace(ids=e.ids[:e.answer.index(1) + 2]) for e in examples]\n"
     short = Q.planted("reward_model.py", (line, cut + line))
+    lines = []
+    for i in range(40):
+        row = {"prompt": f"Hi {i}!", "chosen": "It is so good.", "rejected": "It is so bad."}
+        lines.append(json.dumps(row) + "\n")
     path = tmp_path / "pairs.jsonl"
-    row = {"prompt": "Hi!", "chosen": "It is so good.", "rejected": "It is so bad."}
-    lines = [json.dumps(row | {"prompt": f"Hi {i}!"}) + "\n" for i in range(40)]
     path.write_text("".join(lines))
     transformer, tokenizer = load(init)
     judge = M.ScalarModel(transformer)
@@ -251,22 +300,25 @@ def test_9_a_judge_that_reads_cut_answers_cannot_tell_them_apart(init, tmp_path)
         config = script.Config(data=str(path), kind="pairs")
         comparisons, _ = script.read_comparisons(config, tokenizer, 256)
         r = script.scores(judge, comparisons, tokenizer)            # (B, 2)
-        apart = (r[:, 0] - r[:, 1]).abs().max().item()
+        chosen, rejected = r.unbind(1)
+        apart = (chosen - rejected).abs().max()
         assert (apart > 1e-3) == (script is reward_model)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_10_the_best_policy_says_one_thing_unless_distance_costs(beta):
     log_ref = torch.tensor([0.2, 0.3, 0.5]).log()
+    ref_logps = log_ref[:, None]                                    # (3, 1)
     scores = torch.tensor([1.0, 0.5, 0.0])
     one_token = torch.ones(3, 1).bool()
     theta = log_ref.clone().requires_grad_()
     for _ in range(600):
         log_pi = theta.log_softmax(0)
         logps = log_pi.detach()[:, None]                            # (3, 1)
-        rewards = ppo.token_rewards(scores, logps, log_ref[:, None], one_token, beta)
+        rewards = ppo.token_rewards(scores, logps, ref_logps, one_token, beta)
         expected = (log_pi.exp() * rewards[:, 0]).sum()             # its gradient is exact
-        theta.data += torch.autograd.grad(expected, theta)[0]
+        gradient, = torch.autograd.grad(expected, theta)
+        theta.data += gradient
     pi = theta.softmax(0)
     if beta == 0:
         assert pi[0] > 0.98
@@ -288,6 +340,8 @@ def test_12_with_the_sign_turned_distance_pays():
     """One token of two, all scores 0: pi that began a little off goes back, or runs away."""
     flipped = Q.planted("ppo.py", ("-beta * k1.masked_fill", "beta * k1.masked_fill"))
     log_ref = torch.tensor([0.5, 0.5]).log()
+    ref_logps = log_ref[:, None]                                    # (2, 1)
+    scores = torch.zeros(2)
     one_token = torch.ones(2, 1).bool()
     kls = {}
     for script in (flipped, ppo):
@@ -295,29 +349,40 @@ def test_12_with_the_sign_turned_distance_pays():
         for _ in range(300):
             log_pi = theta.log_softmax(0)
             logps = log_pi.detach()[:, None]                        # (2, 1)
-            rewards = script.token_rewards(torch.zeros(2), logps, log_ref[:, None], one_token, 1.0)
+            rewards = script.token_rewards(scores, logps, ref_logps, one_token, 1.0)
             expected = (log_pi.exp() * rewards[:, 0]).sum()
-            theta.data += torch.autograd.grad(expected, theta)[0]
-        kls[script] = (log_pi.exp() * (log_pi - log_ref)).sum().item()
+            gradient, = torch.autograd.grad(expected, theta)
+            theta.data += gradient
+        log_ratio = log_pi - log_ref
+        kl = (log_pi.exp() * log_ratio).sum()
+        kls[script] = kl.item()
     assert kls[flipped] > 0.5
     assert kls[ppo] < 1e-3
 
 
 def test_13_log_pi_of_an_answer_that_was_cut_off_is_0(init):
     line = "    logps = token_logps(model, ids, mask, answer)  "
-    cut = Q.planted("dpo.py", (line, "    answer = answer & (mask.cumsum(1) <= 8)\n" + line))
+    limit = "    answer = answer & (mask.cumsum(1) <= 8)\n"
+    cut = Q.planted("dpo.py", (line, limit + line))
     policy, tokenizer = load(init)
     messages = [{"role": "user", "content": "Hi! How are you?"}]
-    pair = dpo.Pair(M.render_answer(tokenizer, messages, "Good."),
-                    M.render_answer(tokenizer, messages, "Bad."), {})
-    assert [x.item() for x in cut.answer_logps(policy, [pair], tokenizer)] == [0.0, 0.0]
-    assert all(x.item() < 0 for x in dpo.answer_logps(policy, [pair], tokenizer))
+    good = M.render_answer(tokenizer, messages, "Good.")
+    bad = M.render_answer(tokenizer, messages, "Bad.")
+    pair = dpo.Pair(good, bad, {})
+    chosen, rejected = cut.answer_logps(policy, [pair], tokenizer)  # (1,) each
+    assert chosen.item() == 0.0
+    assert rejected.item() == 0.0
+    chosen, rejected = dpo.answer_logps(policy, [pair], tokenizer)
+    assert chosen.item() < 0
+    assert rejected.item() < 0
 
 
 def test_14_padding_that_is_looked_at_changes_answers(init):
     before, after = map(read, Q.batch_differs(init))
-    assert max(row["first log pi off by"] for row in before) > 1e-2
-    assert max(row["first log pi off by"] for row in after) < 1e-3
+    before_errors = [row["first log pi off by"] for row in before]
+    after_errors = [row["first log pi off by"] for row in after]
+    assert max(before_errors) > 1e-2
+    assert max(after_errors) < 1e-3
 
 
 def test_15_a_guess_in_form_earns_as_much_as_honest_work():
@@ -332,15 +397,19 @@ def test_15_a_guess_in_form_earns_as_much_as_honest_work():
 def test_16_long_wrong_answers_survive_a_division_by_their_length():
     by_length = Q.guess_or_ramble(grpo.per_answer)
     by_constant = Q.guess_or_ramble(grpo.constant)
-    most = max(row["ramble"] for row in by_length)
-    assert most > by_length[0]["ramble"] + 0.05
-    assert max(row["ramble"] for row in by_constant) < by_length[0]["ramble"] + 0.05
-    assert by_length[-1]["ramble"] > 1.5 * by_constant[-1]["ramble"]
+    divided = [row["ramble"] for row in by_length]
+    undivided = [row["ramble"] for row in by_constant]
+    start = divided[0]
+    assert max(divided) > start + 0.05
+    assert max(undivided) < start + 0.05
+    assert divided[-1] > 1.5 * undivided[-1]
 
 
 def test_17_before_it_is_nan_and_after_it_is_a_number():
     before, after = Q.not_a_number("")
-    assert [row["value"] for row in read(before)] == [pytest.approx(float("nan"), nan_ok=True)] * 3
+    values = [row["value"] for row in read(before)]
+    nan = pytest.approx(float("nan"), nan_ok=True)
+    assert values == [nan, nan, nan]
     assert "nan" not in after
 
 
@@ -352,48 +421,61 @@ def test_18_who_learned_the_questions_writes_them():
 
 def test_19_adapters_off_is_not_the_sft_model(init):
     before, after = map(read, Q.who_is_the_reference(init))
-    assert abs(before[0]["first loss"] - 0.6931) > 1e-3
-    assert abs(before[0]["chosen"]) > 1e-2
-    assert after[0]["first loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert after[0]["chosen"] == pytest.approx(0, abs=1e-3)
-    assert before[0]["logits off by"] > 10 * after[0]["logits off by"]
+    off = before[0]
+    merged = after[0]
+    assert abs(off["first loss"] - 0.6931) > 1e-3
+    assert abs(off["chosen"]) > 1e-2
+    assert merged["first loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert merged["chosen"] == pytest.approx(0, abs=1e-3)
+    assert off["logits off by"] > 10 * merged["logits off by"]
 
 
 def test_20_the_best_of_ten_equals_is_luck():
     few, many = map(read, Q.better_before(""))
-    assert few[0]["right"] - few[1]["right"] > 0.1
-    assert many[0]["right"] - many[1]["right"] < 0.06
+    best, worst, _ = few
+    assert best["right"] - worst["right"] > 0.1
+    best, worst, _ = many
+    assert best["right"] - worst["right"] < 0.06
 
 
 def test_21_rows_that_come_again_are_known_by_heart(init):
     log = Q.memorise(init, rows=32, epochs=8)
-    assert log[-1]["last steps"] < log[0]["first steps"] - 1
-    assert log[-1]["last steps"] < log[-1]["held_out"] - 0.3
+    first = log[0]
+    last = log[-1]
+    assert last["last steps"] < first["first steps"] - 1
+    assert last["last steps"] < last["held_out"] - 0.3
 
 
 def test_22_a_prompt_built_in_another_way_costs_log_pi():
     before, after = map(read, Q.other_template(""))
-    assert min(row["log pi(answer)"] for row in before) < after[0]["log pi(answer)"] - 1
+    in_other_ways = [row["log pi(answer)"] for row in before]
+    as_in_training = after[0]["log pi(answer)"]
+    assert min(in_other_ways) < as_in_training - 1
 
 
 def test_23_large_returns_are_out_of_the_critics_reach():
-    before = Q.follow(scale=20.0)
-    after = Q.follow(scale=1.0)
-    assert before[-1]["explained"] < 0.6 < after[-1]["explained"]
-    assert before[-1]["V"] < 0.5 * before[-1]["return"]
+    before = Q.follow(scale=20.0)[-1]
+    after = Q.follow(scale=1.0)[-1]
+    assert before["explained"] < 0.6
+    assert after["explained"] > 0.6
+    assert before["V"] < 0.5 * before["return"]
 
 
 def test_24_one_step_a_batch_clips_nothing(init):
-    log = Q.climb(ppo, init, steps=2, epochs=1, batch=8, minibatch=8, max_new=8)
-    assert [row["clipped"] for row in log] == [0.0, 0.0]
+    sizes = dict(steps=2, batch=8, minibatch=8, max_new=8)
+    log = Q.climb(ppo, init, epochs=1, **sizes)
+    clipped = [row["clipped"] for row in log]
+    assert clipped == [0.0, 0.0]
     assert log[0]["ratio"] == pytest.approx(1, abs=1e-4)
-    log = Q.climb(ppo, init, steps=2, epochs=4, batch=8, minibatch=8, max_new=8, lr=1e-2)
+    log = Q.climb(ppo, init, epochs=4, lr=1e-2, **sizes)
     assert log[1]["clipped"] > 0
 
 
 def test_25_the_share_of_one_pair_is_0_or_1():
-    assert dpo.share_ahead(torch.tensor([0.1]), torch.tensor([0.2])) == 0
-    assert dpo.share_ahead(torch.tensor([0.2]), torch.tensor([0.1])) == 1
+    less = torch.tensor([0.1])
+    more = torch.tensor([0.2])
+    assert dpo.share_ahead(less, more) == 0
+    assert dpo.share_ahead(more, less) == 1
 
 
 # ---------------------------------------------------------------- the questions themselves
