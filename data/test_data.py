@@ -1,4 +1,4 @@
-"""Tests of data/checkpoints.py and data/rows.py: what comes in from files, and what goes out to them."""
+"""Tests of data/checkpoints.py and data/rows.py: what comes in from files, and goes out to them."""
 import base64
 import copy
 import json
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -89,8 +88,14 @@ def complaint(function, *args):
 
 def cases(text):
     """A line a case; two spaces or more between its columns."""
-    lines = [line.strip() for line in text.strip().splitlines()]
-    return [re.split("  +", line) if "  " in line else line for line in lines]
+    found = []
+    for line in text.strip().splitlines():
+        columns = re.split("  +", line.strip())
+        if len(columns) == 1:
+            found.append(columns[0])
+        else:
+            found.append(columns)
+    return found
 
 
 @pytest.fixture
@@ -130,21 +135,27 @@ def by_hand(path):
 
 def test_a_file_of_safetensors_byte_by_byte(tmp_path):
     """The example of the docstring, smaller: two numbers, 1 and -2, in 16 bits."""
-    checkpoints.write_safetensors(tmp_path / "f", {"a": torch.tensor([1.0, -2.0]).half()})
-    raw = (tmp_path / "f").read_bytes()
+    path = tmp_path / "f"
+    numbers = torch.tensor([1.0, -2.0]).half()
+    checkpoints.write_safetensors(path, {"a": numbers})
+    raw = path.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:8 + length])
+    data = raw[8 + length:]
     assert header["a"] == {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}
-    assert raw[8 + length:] == bytes([0x00, 0x3C, 0x00, 0xC0])
+    assert data == bytes([0x00, 0x3C, 0x00, 0xC0])
     assert length % 8 == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_tensors_come_back(tmp_path, dtype):
+    path = tmp_path / "f"
     shapes = [torch.randn(3, 5), torch.zeros(0, 4), torch.tensor(2.0), torch.randn(4, 6).T]
-    tensors = {f"tensor {i}": tensor.to(dtype) for i, tensor in enumerate(shapes)}
-    checkpoints.write_safetensors(tmp_path / "f", tensors)
-    again = checkpoints.read_safetensors(tmp_path / "f")
+    tensors = {}
+    for i, tensor in enumerate(shapes):
+        tensors[f"tensor {i}"] = tensor.to(dtype)
+    checkpoints.write_safetensors(path, tensors)
+    again = checkpoints.read_safetensors(path)
     assert list(again) == list(tensors)
     for name in tensors:
         assert again[name].dtype == dtype
@@ -153,11 +164,14 @@ def test_tensors_come_back(tmp_path, dtype):
 
 def test_headers_in_any_order(tmp_path):
     """Other programs sort the header by name, and the data by type."""
+    path = tmp_path / "f"
     header = {"b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},
               "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
-    write_raw(tmp_path / "f", header, np.array([1, 2], np.float32).tobytes())
-    again = checkpoints.read_safetensors(tmp_path / "f")
-    assert again["a"].item() == 1 and again["b"].item() == 2
+    numbers = np.array([1, 2], np.float32)
+    write_raw(path, header, numbers.tobytes())
+    again = checkpoints.read_safetensors(path)
+    assert again["a"].item() == 1
+    assert again["b"].item() == 2
 
 
 def write_raw(path, header, data):
@@ -197,15 +211,22 @@ BAD_HEADERS = """
 
 @pytest.mark.parametrize("second", [[0, 8], [4, 12], [9, 17], [16, 8]])
 def test_tensors_that_overlap_or_leave_a_hole(tmp_path, second):
+    path = tmp_path / "f"
     one = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-    write_raw(tmp_path / "f", {"a": one, "b": one | {"data_offsets": second}}, bytes(max(second)))
-    assert str(tmp_path / "f") in complaint(checkpoints.read_safetensors, tmp_path / "f")
+    other = {"dtype": "F32", "shape": [2], "data_offsets": second}
+    data = bytes(max(second))
+    write_raw(path, {"a": one, "b": other}, data)
+    text = complaint(checkpoints.read_safetensors, path)
+    assert str(path) in text
 
 
 @pytest.mark.parametrize("size, header", cases(BAD_HEADERS))
 def test_wrong_headers_and_wrong_lengths(tmp_path, size, header):
-    write_raw(tmp_path / "f", json.loads(header), bytes(int(size)))
-    assert str(tmp_path / "f") in complaint(checkpoints.read_safetensors, tmp_path / "f")
+    path = tmp_path / "f"
+    data = bytes(int(size))
+    write_raw(path, json.loads(header), data)
+    text = complaint(checkpoints.read_safetensors, path)
+    assert str(path) in text
 
 
 NOT_TENSORS = [b"", b"1234567", b"\xff" * 8, b"\xff" * 100, bytes(8),
@@ -230,7 +251,9 @@ def test_a_file_cut_anywhere_is_refused(folder):
 
 def theirs_to_ours(model):
     """transformers' names, one by one, and the tensors that they have to be."""
-    table = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    table = {}
+    table["model.embed_tokens.weight"] = model.embed.weight
+    table["model.norm.weight"] = model.norm.weight
     for i, block in enumerate(model.blocks):
         layer = f"model.layers.{i}."
         table[layer + "input_layernorm.weight"] = block.norm1.weight
@@ -263,12 +286,16 @@ def test_save_writes_llamas_names(folder):
 
 
 def test_the_base_saved_again_is_the_same(tmp_path):
-    checkpoints.save(tmp_path / "m", *checkpoints.load(HERE / "data/base"), dtype=torch.float16)
+    base = HERE / "data/base"
+    copied = tmp_path / "m"
+    model, tokenizer = checkpoints.load(base)
+    checkpoints.save(copied, model, tokenizer, dtype=torch.float16)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
-        assert (tmp_path / "m" / name).read_bytes() == (HERE / "data/base" / name).read_bytes()
-    old = by_hand(HERE / "data/base/model.safetensors")
-    new = by_hand(tmp_path / "m/model.safetensors")
-    assert all(np.array_equal(old[name], new[name]) for name in old)
+        assert (copied / name).read_bytes() == (base / name).read_bytes()
+    old = by_hand(base / "model.safetensors")
+    new = by_hand(copied / "model.safetensors")
+    for name in old:
+        assert np.array_equal(old[name], new[name])
 
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -288,10 +315,11 @@ def test_a_saved_model_is_the_same_when_loaded(tok, tmp_path, changes):
 
 def test_the_smallest_network(tok, tmp_path):
     """Every number at its least."""
-    model = tiny_model(d_model=1, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=2, d_ff=1, max_len=1,
-                       norm_eps=0.0)
+    model = tiny_model(d_model=1, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=2, d_ff=1,
+                       max_len=1, norm_eps=0.0)
     checkpoints.save(tmp_path / "m", model, tok)
-    assert checkpoints.load(tmp_path / "m")[0].config == model.config
+    again, _ = checkpoints.load(tmp_path / "m")
+    assert again.config == model.config
 
 
 def test_what_is_loaded_can_be_trained(folder):
@@ -344,10 +372,12 @@ def test_somebody_elses_judge_subtracts_nothing(tok, tmp_path):
     """transformers' LlamaForSequenceClassification has a score, and no mean."""
     judge = M.ScalarModel(tiny_model())
     checkpoints.save(tmp_path / "r", judge, tok)
-    tensors = checkpoints.read_safetensors(tmp_path / "r/model.safetensors")
-    tensors = {name: t.clone() for name, t in tensors.items() if name != "score.mean"}
-    checkpoints.write_safetensors(tmp_path / "r/model.safetensors", tensors)
-    assert checkpoints.load_scalar(tmp_path / "r")[0].mean.item() == 0
+    path = tmp_path / "r/model.safetensors"
+    tensors = checkpoints.read_safetensors(path)
+    theirs = {name: t.clone() for name, t in tensors.items() if name != "score.mean"}
+    checkpoints.write_safetensors(path, theirs)
+    again, _ = checkpoints.load_scalar(tmp_path / "r")
+    assert again.mean.item() == 0
 
 
 def test_a_judge_is_no_language_model(folder, tok, tmp_path):
@@ -368,8 +398,10 @@ def test_saved_in_16_bits_and_loaded_in_32(tok, tmp_path, dtype):
     model = tiny_model()
     checkpoints.save(tmp_path / "m", model, tok, dtype=dtype)
     again, _ = checkpoints.load(tmp_path / "m")
-    assert again.embed.weight.dtype == torch.float32
-    assert torch.equal(again.embed.weight, model.embed.weight.to(dtype).float())
+    loaded = again.embed.weight
+    rounded = model.embed.weight.to(dtype)
+    assert loaded.dtype == torch.float32
+    assert torch.equal(loaded, rounded.float())
 
 
 def test_llama3_scaling_by_hand():
@@ -407,30 +439,39 @@ def test_shards(folder):
     assert torch.equal(checkpoints.load(folder)[0](IDS), tiny_model()(IDS))
 
 
-@pytest.mark.parametrize("changes", [{"rope_parameters": None, "rope_scaling": None}, {"rope_theta": None},
-                                     {"rope_scaling": {}}])
+@pytest.mark.parametrize("changes", [
+    {"rope_parameters": None, "rope_scaling": None},
+    {"rope_theta": None},
+    {"rope_scaling": {}}])
 def test_theta_at_the_top_or_nested(tok, tmp_path, changes):
     model = tiny_model(rope_theta=700.0)
     checkpoints.save(tmp_path / "m", model, tok)
     change_json(tmp_path / "m/config.json", **changes)
-    assert torch.equal(checkpoints.load(tmp_path / "m")[0](IDS), model(IDS))
+    again, _ = checkpoints.load(tmp_path / "m")
+    assert torch.equal(again(IDS), model(IDS))
 
 
 def test_the_old_way_to_write_llama3s_positions(tok, tmp_path):
     model = tiny_model(rope_scaling=LLAMA3)
     checkpoints.save(tmp_path / "m", model, tok)
-    old = {("type" if name == "rope_type" else name): value for name, value in LLAMA3.items()}
+    old = dict(LLAMA3)
+    old["type"] = old.pop("rope_type")
     change_json(tmp_path / "m/config.json", rope_parameters=None, rope_scaling=old)
-    assert torch.equal(checkpoints.load(tmp_path / "m")[0](IDS), model(IDS))
+    again, _ = checkpoints.load(tmp_path / "m")
+    assert torch.equal(again(IDS), model(IDS))
 
 
 def test_what_a_config_leaves_out(tok, tmp_path):
-    """transformers' defaults: heads of d_model / n_heads, as many keys as queries, untied, theta 10000."""
+    """transformers' defaults: heads of d_model / n_heads, as many keys as queries, untied, theta
+    10000."""
     model = tiny_model(n_kv_heads=4, tie=False)
     checkpoints.save(tmp_path / "m", model, tok)
-    change_json(tmp_path / "m/config.json", head_dim=None, num_key_value_heads=None, rope_theta=None,
-                tie_word_embeddings=None, rope_parameters=None, rope_scaling=None, hidden_act=None)
-    assert checkpoints.load(tmp_path / "m")[0].config == model.config
+    left_out = ("head_dim", "num_key_value_heads", "rope_theta", "tie_word_embeddings",
+                "rope_parameters", "rope_scaling", "hidden_act")
+    nothing = dict.fromkeys(left_out)
+    change_json(tmp_path / "m/config.json", **nothing)
+    again, _ = checkpoints.load(tmp_path / "m")
+    assert again.config == model.config
 
 
 def test_a_tied_matrix_can_be_there_twice(folder):
@@ -447,12 +488,23 @@ def test_a_tied_matrix_can_be_there_twice(folder):
 WHOLE = [0, -1, 1.5, 32.0, True, "32", [], {}, 10**7, 10**400]
 POSITIVE = [0, -1, True, "1", [], {}, 10**400]
 CONFIG = {
-    "vocab_size": WHOLE, "hidden_size": WHOLE, "num_hidden_layers": WHOLE, "intermediate_size": WHOLE,
-    "num_attention_heads": WHOLE, "num_key_value_heads": WHOLE + [3], "head_dim": WHOLE + [7],
-    "max_position_embeddings": WHOLE[:-2], "rms_norm_eps": [-1, 2, True, "1", [], {}, 10**400],
-    "rope_theta": POSITIVE, "rope_parameters": [5, "x", [], True], "rope_scaling": [5, "x", []],
-    "tie_word_embeddings": [0, 1, "true", [], {}], "model_type": ["gpt2", "Llama", 5, True, [], {}],
-    "hidden_act": ["gelu", 5, [], {}], "attention_bias": [True, "x"], "mlp_bias": [True, 1],
+    "vocab_size": WHOLE,
+    "hidden_size": WHOLE,
+    "num_hidden_layers": WHOLE,
+    "intermediate_size": WHOLE,
+    "num_attention_heads": WHOLE,
+    "num_key_value_heads": WHOLE + [3],
+    "head_dim": WHOLE + [7],
+    "max_position_embeddings": WHOLE[:-2],
+    "rms_norm_eps": [-1, 2, True, "1", [], {}, 10**400],
+    "rope_theta": POSITIVE,
+    "rope_parameters": [5, "x", [], True],
+    "rope_scaling": [5, "x", []],
+    "tie_word_embeddings": [0, 1, "true", [], {}],
+    "model_type": ["gpt2", "Llama", 5, True, [], {}],
+    "hidden_act": ["gelu", 5, [], {}],
+    "attention_bias": [True, "x"],
+    "mlp_bias": [True, 1],
     "use_sliding_window": [True]}
 
 
@@ -465,8 +517,8 @@ def test_every_field_of_config_json_is_checked(folder, name):
         assert str(folder / "config.json") in text and f'"{name}"' in text
 
 
-NEEDED = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
-          "max_position_embeddings", "rms_norm_eps", "model_type"]
+NEEDED = ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size",
+          "num_attention_heads", "max_position_embeddings", "rms_norm_eps", "model_type"]
 
 
 @pytest.mark.parametrize("name", NEEDED)
@@ -486,11 +538,13 @@ def test_positions_of_another_kind(folder, rope):
     assert str(folder / "config.json") in complaint(checkpoints.load, folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", "null", '"x"', '{"vocab_size": NaN}', "[" * 100_000])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "5", "null", '"x"', '{"vocab_size": NaN}', "[" * 100_000])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_no_json_or_no_object(folder, name, text):
-    (folder / name).write_text(text)
-    assert str(folder / name) in complaint(checkpoints.load, folder)
+    path = folder / name
+    path.write_text(text)
+    assert str(path) in complaint(checkpoints.load, folder)
 
 
 @pytest.mark.parametrize("changes, problem", [
@@ -517,18 +571,24 @@ def test_more_heads_than_the_width_can_be_cut_into(folder):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_weights_that_are_no_numbers(tok, tmp_path, value):
     model = tiny_model()
-    model.blocks[1].mlp.up.weight.data[3, 5] = value
+    weights = model.blocks[1].mlp.up.weight
+    weights.data[3, 5] = value
     checkpoints.save(tmp_path / "m", model, tok)
-    assert "layers.1.mlp.up_proj.weight" in complaint(checkpoints.load, tmp_path / "m")
+    text = complaint(checkpoints.load, tmp_path / "m")
+    assert "layers.1.mlp.up_proj.weight" in text
 
 
 def test_a_head_of_another_shape(tok, tmp_path):
-    checkpoints.save(tmp_path / "r", M.ScalarModel(tiny_model()), tok)
+    judge = M.ScalarModel(tiny_model())
+    checkpoints.save(tmp_path / "r", judge, tok)
     path = tmp_path / "r/model.safetensors"
-    good = {name: t.clone() for name, t in checkpoints.read_safetensors(path).items()}
+    tensors = checkpoints.read_safetensors(path)
+    good = {name: t.clone() for name, t in tensors.items()}
     for shape in [(), (0, 32), (32,), (1, 33), (2, 32)]:
-        checkpoints.write_safetensors(path, good | {"score.weight": torch.zeros(shape)})
-        assert "score." in complaint(checkpoints.load_scalar, tmp_path / "r")
+        head = torch.zeros(shape)
+        checkpoints.write_safetensors(path, good | {"score.weight": head})
+        text = complaint(checkpoints.load_scalar, tmp_path / "r")
+        assert "score." in text
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -619,7 +679,7 @@ def test_where_nothing_can_be_written(tok, tmp_path):
 def save_without_end(folder, tok):
     """A child process that saves models whose numbers are all alike. -> its id"""
     model = tiny_model()
-    child = os.fork()                       # tensors this small run in one thread, which fork allows
+    child = os.fork()                   # tensors this small run in one thread, which fork allows
     if child != 0:
         return child
     try:
@@ -683,8 +743,8 @@ def test_the_worlds_vocabulary():
 
 def some_texts(count=100):
     g = random.Random(0)
-    texts = ["Zoë 🦦 12 345  6\n\n\n7", "\ttab\r\n", "日本語", "\x00\x7f\x85\u3000", "e\u0301", "", " ",
-             "<|im_end|>", "ﷺ  \u200b", "x" * 100]
+    texts = ["Zoë 🦦 12 345  6\n\n\n7", "\ttab\r\n", "日本語", "\x00\x7f\x85\u3000", "e\u0301",
+             "", " ", "<|im_end|>", "ﷺ  \u200b", "x" * 100]
     ranges = [range(128), range(0xD800), range(0xE000, 0x110000)]
     for _ in range(count):
         letters = [chr(g.choice(g.choice(ranges))) for _ in range(30)]
@@ -711,7 +771,8 @@ def test_the_bases_tokenizer_is_made_of_the_vocabulary():
 
 
 def merged(letters, merges):
-    """Byte pair encoding as in its paper: of all neighbours, join those that are first in the list."""
+    """Byte pair encoding as in its paper: of all neighbours, join those that are first in the
+    list."""
     parts = list(letters)
     while True:
         pairs = [list(pair) for pair in zip(parts, parts[1:])]
@@ -722,11 +783,15 @@ def merged(letters, merges):
         parts[i:i + 2] = ["".join(pairs[i])]
 
 
-@pytest.mark.parametrize("word", ["the", " the", "thing", " 12", "band", "faces", "hethe", " abcdea"])
+@pytest.mark.parametrize("word", [
+    "the", " the", "thing", " 12", "band", "faces", "hethe", " abcdea"])
 def test_merges_make_the_tokens_that_tiktoken_makes(tok, word):
-    model = json.loads(tok.files["tokenizer.json"])["model"]
-    parts = merged(checkpoints.spell(word.encode()), model["merges"])
-    assert [model["vocab"][part] for part in parts] == tok.encode_ordinary(word)
+    spec = json.loads(tok.files["tokenizer.json"])
+    merges = spec["model"]["merges"]
+    vocab = spec["model"]["vocab"]
+    letters = checkpoints.spell(word.encode())
+    ids = [vocab[part] for part in merged(letters, merges)]
+    assert ids == tok.encode_ordinary(word)
 
 
 def test_two_parts_by_hand():
@@ -738,7 +803,8 @@ def test_two_parts_by_hand():
 
 
 def test_letters_of_bytes_are_gpt2s():
-    """By its rule: bytes that can be printed are themselves, the others come from 256 on, in order."""
+    """By its rule: bytes that can be printed are themselves, the others come from 256 on, in
+    order."""
     letters = checkpoints.byte_letters()
     assert checkpoints.spell(b"A~ \n\0\x7f\xad\xff") == "A~ĠĊĀġŃÿ"
     assert len(set(letters.values())) == 256
@@ -752,7 +818,8 @@ def test_text_never_becomes_a_special_token(tok):
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 LETTERS = BYTES | {"use_regex": False}
 DIGITS = {"type": "Digits", "individual_digits": True}
-SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{N}|[^\p{N}]+"}, "behavior": "Isolated", "invert": False}
+SPLIT = {"type": "Split", "pattern": {"Regex": r"\p{N}|[^\p{N}]+"}, "behavior": "Isolated",
+         "invert": False}
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -762,23 +829,29 @@ def steps(*pretokenizers):
 
 def real_vocabulary(folder, pre=BYTES, lacks=b"", specials=SPECIALS, changes=(), top=()):
     """A tokenizer.json as real models have it: special tokens first, then letters, then merges."""
-    vocab = {token: i for i, token in enumerate(specials)}
+    vocab = {}
+    added = []
+    for i, token in enumerate(specials):
+        vocab[token] = i
+        added.append({"id": i, "content": token, "special": True})
     for byte, letter in checkpoints.byte_letters().items():
         if byte not in lacks:
             vocab[letter] = len(vocab)
     merges = ["t h", "Ġ th", "! !", "1 2", "Ġ Ġ"]
     for merge in merges:
-        vocab[merge.replace(" ", "")] = len(vocab)
-    added = [{"id": i, "content": token, "special": True} for i, token in enumerate(specials)]
-    spec = {"added_tokens": added, "normalizer": None, "pre_tokenizer": pre,
-            "model": {"type": "BPE", "vocab": vocab, "merges": merges} | dict(changes)}
-    (folder / "tokenizer.json").write_text(json.dumps(spec | dict(top)))
+        token = merge.replace(" ", "")
+        vocab[token] = len(vocab)
+    model = {"type": "BPE", "vocab": vocab, "merges": merges} | dict(changes)
+    spec = {"added_tokens": added, "normalizer": None, "pre_tokenizer": pre, "model": model}
+    text = json.dumps(spec | dict(top))
+    (folder / "tokenizer.json").write_text(text)
     return vocab
 
 
 def spelled(folder, text, vocab):
     names = {i: token for token, i in vocab.items()}
-    return [names[i] for i in checkpoints.load_tokenizer(folder, 300).encode_ordinary(text)]
+    tokenizer = checkpoints.load_tokenizer(folder, 300)
+    return [names[i] for i in tokenizer.encode_ordinary(text)]
 
 
 def test_gpt2s_cuts(tmp_path):
@@ -950,7 +1023,7 @@ def test_a_tokenizer_of_a_larger_model(tmp_path):
     assert "below 200" in complaint(checkpoints.load_tokenizer, tmp_path, 200)
 
 
-# ---------------------------------------------------------------- data/rows.py: one meaning, many formats
+# ---------------------------------------------------------------- data/rows.py: the many formats
 
 HI = [{"role": "user", "content": "Hi"}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."},
@@ -962,12 +1035,15 @@ def says(text):
     return [{"role": "assistant", "content": text}]
 
 
-PAIRS = [{"prompt": HH, "chosen": " It is 2.", "rejected": " It is 3."},
-         {"chosen": HH + " It is 2.", "rejected": HH + " It is 3."},        # the answers begin alike
-         {"prompt": CHAT, "chosen": says(" It is 2. "), "rejected": says("It is 3.\n")},
-         {"prompt": CHAT, "chosen": "It is 2.", "rejected": " It is 3.\n"},
-         {"prompt": CHAT, "chosen": CHAT + says("It is 2."), "rejected": CHAT + says("It is 3.")},
-         {"chosen": CHAT + says("It is 2."), "rejected": CHAT + says("It is 3.")}]
+SAYS_2 = CHAT + says("It is 2.")
+SAYS_3 = CHAT + says("It is 3.")
+PAIRS = [
+    {"prompt": HH, "chosen": " It is 2.", "rejected": " It is 3."},
+    {"chosen": HH + " It is 2.", "rejected": HH + " It is 3."},         # the answers begin alike
+    {"prompt": CHAT, "chosen": says(" It is 2. "), "rejected": says("It is 3.\n")},
+    {"prompt": CHAT, "chosen": "It is 2.", "rejected": " It is 3.\n"},
+    {"prompt": CHAT, "chosen": SAYS_2, "rejected": SAYS_3},
+    {"chosen": SAYS_2, "rejected": SAYS_3}]
 
 
 @pytest.fixture
@@ -1008,7 +1084,12 @@ def test_formats_of_a_conversation(file, row):
     assert talk == (CHAT + says("It is 2."), row, f"{file}:1")
 
 
-@pytest.mark.parametrize("label, good", [(True, True), (False, False), (1, True), (0, False), (1.0, True)])
+@pytest.mark.parametrize("label, good", [
+    (True, True),
+    (False, False),
+    (1, True),
+    (0, False),
+    (1.0, True)])
 def test_formats_of_a_judgement(file, label, good):
     row = {"prompt": "Hi", "completion": " No.", "label": label}
     judgement, = rows.read_judgements(write(file, [row]))
@@ -1026,10 +1107,13 @@ def test_formats_of_a_ranking(file, responses):
 
 
 def test_formats_of_a_solution(file):
-    row = {"prompt": "What is 2 + 3?", "steps": ["2 + 3 = 6.", " So it is 6. "], "labels": [1, False]}
+    row = {"prompt": "What is 2 + 3?",
+           "steps": ["2 + 3 = 6.", " So it is 6. "],
+           "labels": [1, False]}
     solution, = rows.read_solutions(write(file, [row]))
     assert solution.steps == ["2 + 3 = 6.", "So it is 6."]
-    assert solution.labels == [1, 0] and type(solution.labels[1]) is int
+    assert solution.labels == [1, 0]
+    assert type(solution.labels[1]) is int
 
 
 def test_a_prompt_ends_where_both_answers_begin(file):
@@ -1053,7 +1137,9 @@ def test_json_lines_can_be_read_again(file):
 
 
 def test_every_role_is_kept():
-    talk = [{"role": role, "content": f"I am {role}."} for role in ("system", "user", "assistant", "tool")]
+    talk = []
+    for role in ("system", "user", "assistant", "tool"):
+        talk.append({"role": role, "content": f"I am {role}."})
     assert rows.to_messages(talk) == talk
 
 
@@ -1066,8 +1152,13 @@ def test_a_text_that_only_mentions_the_speakers():
     assert rows.to_messages(text) == [{"role": "user", "content": text}]
 
 
-READERS = [("sft", rows.read_conversations), ("preferences", rows.read_pairs), ("steps", rows.read_solutions),
-           ("rankings", rows.read_rankings), ("prompts", rows.read_prompts), ("exam", rows.read_prompts)]
+READERS = [
+    ("sft", rows.read_conversations),
+    ("preferences", rows.read_pairs),
+    ("steps", rows.read_solutions),
+    ("rankings", rows.read_rankings),
+    ("prompts", rows.read_prompts),
+    ("exam", rows.read_prompts)]
 
 
 @pytest.mark.parametrize("name, reader", READERS)
@@ -1079,34 +1170,57 @@ def test_the_worlds_files_pass_the_doors(name, reader):
 
 # ---------------------------------------------------------------- every type in every field
 
-VALUES = {"null": None, "true": True, "false": False, "zero": 0, "one": 1, "number": 5, "negative": -1,
-          "fraction": 0.5, "huge": 10**400, "text": "x", "blank": " \u3000\n", "empty": "",
-          "half": "a \ud83d b", "long": "x" * 500_001, "list": [], "texts": ["x"], "numbers": [1, 0],
-          "floats": [0.5, 0.5], "nulls": [None, None], "lists": [[], []], "objects": [{}, {}], "object": {},
-          "role": {"role": "user"}, "content": [{"content": "x"}], "words": [["x"], ["y"]]}
-FINE = {"prompt": ["text"],
-        "answer": ["null", "empty", "text", "zero", "one", "number", "negative", "fraction"],
-        "kind": ["null", "empty", "text"], "attack": ["null", "true", "false", "empty", "text"],
-        "completion": ["text"], "response": ["text"], "chosen": ["text"], "rejected": ["text"],
-        "label": ["true", "false", "zero", "one"],
-        "margin": ["null", "empty", "zero", "one", "number", "fraction"],
-        "gold": ["null", "empty", "numbers", "floats"], "marks": ["null", "empty"],
-        "steps": ["texts"], "id": ["text"], "principle": ["text"], "content": ["text"]}
-GOOD = {"pair": {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."},
-        "ranking": {"prompt": "Hi", "responses": ["Hello.", "Go."]},
-        "conversation": {"prompt": "Hi", "completion": "Hello."},
-        "judgement": {"prompt": "Hi", "completion": "Hello.", "label": True},
-        "solution": {"prompt": "Hi", "steps": ["a."], "labels": [1]},
-        "prompt": {"prompt": "Hi"}, "messages": {"messages": HI + says("Hello.")}}
-READ = {"pair": rows.read_pairs, "ranking": rows.read_rankings, "conversation": rows.read_conversations,
-        "judgement": rows.read_judgements, "solution": rows.read_solutions, "prompt": rows.read_prompts,
-        "messages": rows.read_conversations}
-OPTIONAL = {"pair": ["margin", "gold", "marks"], "ranking": ["margin", "gold", "marks"],
-            "prompt": ["kind", "attack", "answer"], "solution": ["answer"], "conversation": ["response"]}
+VALUES = {
+    "null": None, "true": True, "false": False,
+    "zero": 0, "one": 1, "number": 5, "negative": -1, "fraction": 0.5, "huge": 10**400,
+    "text": "x", "blank": " \u3000\n", "empty": "", "half": "a \ud83d b", "long": "x" * 500_001,
+    "list": [], "texts": ["x"], "numbers": [1, 0], "floats": [0.5, 0.5],
+    "nulls": [None, None], "lists": [[], []], "objects": [{}, {}],
+    "object": {}, "role": {"role": "user"},
+    "content": [{"content": "x"}], "words": [["x"], ["y"]]}
+FINE = {
+    "prompt": ["text"],
+    "answer": ["null", "empty", "text", "zero", "one", "number", "negative", "fraction"],
+    "kind": ["null", "empty", "text"],
+    "attack": ["null", "true", "false", "empty", "text"],
+    "completion": ["text"],
+    "response": ["text"],
+    "chosen": ["text"],
+    "rejected": ["text"],
+    "label": ["true", "false", "zero", "one"],
+    "margin": ["null", "empty", "zero", "one", "number", "fraction"],
+    "gold": ["null", "empty", "numbers", "floats"],
+    "marks": ["null", "empty"],
+    "steps": ["texts"],
+    "id": ["text"],
+    "principle": ["text"],
+    "content": ["text"]}
+GOOD = {
+    "pair": {"prompt": "Hi", "chosen": "Hello.", "rejected": "Go."},
+    "ranking": {"prompt": "Hi", "responses": ["Hello.", "Go."]},
+    "conversation": {"prompt": "Hi", "completion": "Hello."},
+    "judgement": {"prompt": "Hi", "completion": "Hello.", "label": True},
+    "solution": {"prompt": "Hi", "steps": ["a."], "labels": [1]},
+    "prompt": {"prompt": "Hi"},
+    "messages": {"messages": HI + says("Hello.")}}
+READ = {
+    "pair": rows.read_pairs,
+    "ranking": rows.read_rankings,
+    "conversation": rows.read_conversations,
+    "judgement": rows.read_judgements,
+    "solution": rows.read_solutions,
+    "prompt": rows.read_prompts,
+    "messages": rows.read_conversations}
+OPTIONAL = {
+    "pair": ["margin", "gold", "marks"],
+    "ranking": ["margin", "gold", "marks"],
+    "prompt": ["kind", "attack", "answer"],
+    "solution": ["answer"],
+    "conversation": ["response"]}
 
 
 def accepted(file, reader, row, name):
-    """-> names of the VALUES that the field may have. Every complaint names file, line and field."""
+    """-> names of the VALUES that the field may have. Every complaint names file, line, field."""
     fine = []
     for kind, value in VALUES.items():
         write(file, ["", row, row | {name: value}])
@@ -1114,12 +1228,22 @@ def accepted(file, reader, row, name):
             reader(file)
             fine.append(kind)
         except M.UserError as error:
-            assert str(error).startswith(f"{file}:3: ") and f'"{name}"' in str(error), str(error)
-            assert "want" in str(error) and "\n" not in str(error) and len(str(error)) < 300
+            text = str(error)
+            assert text.startswith(f"{file}:3: "), text
+            assert f'"{name}"' in text, text
+            assert "want" in text
+            assert "\n" not in text
+            assert len(text) < 300
     return fine
 
 
-FIELDS = [(form, name) for form, row in GOOD.items() for name in [*row, *OPTIONAL.get(form, [])]]
+MUST_HAVE = []
+FIELDS = []
+for form, row in GOOD.items():
+    needed = [(form, name) for name in row]
+    optional = [(form, name) for name in OPTIONAL.get(form, [])]
+    MUST_HAVE += needed
+    FIELDS += needed + optional
 
 
 @pytest.mark.parametrize("form, name", FIELDS)
@@ -1128,11 +1252,14 @@ def test_which_values_a_field_may_have(file, form, name):
     assert accepted(file, READ[form], GOOD[form], name) == want
 
 
-@pytest.mark.parametrize("form, name", [(form, name) for form, row in GOOD.items() for name in row])
+@pytest.mark.parametrize("form, name", MUST_HAVE)
 def test_a_field_that_is_missing(file, form, name):
-    row = {key: value for key, value in GOOD[form].items() if key != name}
-    text = complaint(READ[form], write(file, [GOOD[form], row]))
-    assert text.startswith(f"{file}:2: ") and "is missing; want" in text
+    whole = GOOD[form]
+    lacking = dict(whole)
+    del lacking[name]
+    text = complaint(READ[form], write(file, [whole, lacking]))
+    assert text.startswith(f"{file}:2: ")
+    assert "is missing; want" in text
 
 
 @pytest.mark.parametrize("name", ["role", "content"])
@@ -1142,7 +1269,8 @@ def test_which_values_a_message_may_have(file, form, name):
         if kind in FINE.get(name, []):
             continue
         message = {"role": "user", "content": "Hi"} | {name: value}
-        text = complaint(rows.read_pairs, write(file, [GOOD["pair"] | {form: [message, message]}]))
+        row = GOOD["pair"] | {form: [message, message]}
+        text = complaint(rows.read_pairs, write(file, [row]))
         assert text.startswith(f'{file}:1: "{form}": message 1: "{name}"')
 
 
@@ -1178,16 +1306,20 @@ def test_lines_that_are_no_objects(file, line):
     assert text.startswith(f"{file}:2: ") or text.startswith(f"{file}:2 ")
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" + "0" * 400])
+@pytest.mark.parametrize("number", [
+    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" + "0" * 400])
 def test_numbers_that_are_not_finite(file, number):
-    line = '{"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": %s}' % number
-    assert f"{file}:1" in complaint(rows.read_pairs, write(file, [line]))
-    line = '{"prompt": "Hi", "answer": %s}' % number
-    assert f"{file}:1" in complaint(rows.read_prompts, write(file, [line]))
+    pair = '{"prompt": "Hi", "chosen": "a", "rejected": "b", "margin": %s}' % number
+    text = complaint(rows.read_pairs, write(file, [pair]))
+    assert f"{file}:1" in text
+    prompt = '{"prompt": "Hi", "answer": %s}' % number
+    text = complaint(rows.read_prompts, write(file, [prompt]))
+    assert f"{file}:1" in text
 
 
 # ---------------------------------------------------------------- what does not fit together
 
+PAIR = GOOD["pair"]
 NO_PAIRS = [
     ({"prompt": "Hi", "chosen": "a", "rejected": "a "}, "the same"),
     ({"prompt": "Hi", "chosen": "a", "rejected": says("a")}, "the same"),
@@ -1195,18 +1327,21 @@ NO_PAIRS = [
     ({"chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}, '"prompt" is missing'),
     ({"chosen": says("a"), "rejected": says("b")}, '"prompt" is missing'),
     ({"chosen": HH + " a", "rejected": CHAT + says("b")}, '"prompt" is missing'),
-    ({"chosen": CHAT + says("a"), "rejected": HI + says("b")}, '"rejected" has a prompt of its own'),
-    ({"prompt": HI, "chosen": CHAT + says("a"), "rejected": "b"}, '"chosen" has a prompt of its own'),
+    ({"chosen": CHAT + says("a"), "rejected": HI + says("b")},
+     '"rejected" has a prompt of its own'),
+    ({"prompt": HI, "chosen": CHAT + says("a"), "rejected": "b"},
+     '"chosen" has a prompt of its own'),
     ({"prompt": HI, "chosen": "a", "rejected": HI}, '"rejected" does not end with the assistant'),
     ({"chosen": HH, "rejected": HH + " b"}, '"chosen" is ""'),
     ({"chosen": HH + " a\n\nHuman: b", "rejected": HH + " d"}, "different prompts"),
-    ({"prompt": CHAT + says("a"), "chosen": "b", "rejected": "c"}, '"prompt" ends with the assistant'),
+    ({"prompt": CHAT + says("a"), "chosen": "b", "rejected": "c"},
+     '"prompt" ends with the assistant'),
     ({"prompt": HH + " a", "chosen": "b", "rejected": "c"}, '"prompt" ends with the assistant'),
     ({"prompt": "\n\nHuman: ", "chosen": "b", "rejected": "c"}, '"content" is ""'),
-    (GOOD["pair"] | {"gold": [0.5]}, '"gold" has 1 items; want 2'),
-    (GOOD["pair"] | {"gold": [0.5, 1.5]}, 'item 2 of "gold" is 1.5'),
-    (GOOD["pair"] | {"slots": None}, '"slots" is null'),
-    (GOOD["pair"] | {"slots": {}}, '"kind" is missing')]
+    (PAIR | {"gold": [0.5]}, '"gold" has 1 items; want 2'),
+    (PAIR | {"gold": [0.5, 1.5]}, 'item 2 of "gold" is 1.5'),
+    (PAIR | {"slots": None}, '"slots" is null'),
+    (PAIR | {"slots": {}}, '"kind" is missing')]
 
 
 @pytest.mark.parametrize("row, problem", NO_PAIRS)
@@ -1235,17 +1370,23 @@ def test_marks_that_are_none(file, mark):
 
 
 @pytest.mark.parametrize("responses, problem", [
-    (["a"], "at least 2"), (["a", "b", "a "], "the same"), (["a", " "], 'item 2 of "responses"'),
-    (["a", HI], 'item 2 of "responses" does not end'), (["a", 5], 'item 2 of "responses" is 5')])
+    (["a"], "at least 2"),
+    (["a", "b", "a "], "the same"),
+    (["a", " "], 'item 2 of "responses"'),
+    (["a", HI], 'item 2 of "responses" does not end'),
+    (["a", 5], 'item 2 of "responses" is 5')])
 def test_rankings_that_are_none(file, responses, problem):
     row = {"prompt": "Hi", "responses": responses}
     assert problem in complaint(rows.read_rankings, write(file, [row]))
 
 
 @pytest.mark.parametrize("changes, problem", [
-    ({"labels": [1]}, '"labels" has 1 items; want 2'), ({"labels": [1, 2]}, 'item 2 of "labels" is 2'),
-    ({"labels": [1, -1]}, 'item 2 of "labels"'), ({"labels": [0.5, 1]}, 'item 1 of "labels"'),
-    ({"labels": ["1", 0]}, 'item 1 of "labels"'), ({"steps": ["a", " "]}, 'item 2 of "steps"'),
+    ({"labels": [1]}, '"labels" has 1 items; want 2'),
+    ({"labels": [1, 2]}, 'item 2 of "labels" is 2'),
+    ({"labels": [1, -1]}, 'item 2 of "labels"'),
+    ({"labels": [0.5, 1]}, 'item 1 of "labels"'),
+    ({"labels": ["1", 0]}, 'item 1 of "labels"'),
+    ({"steps": ["a", " "]}, 'item 2 of "steps"'),
     ({"steps": "a b"}, '"steps" is "a b"; want a list')])
 def test_solutions_that_are_none(file, changes, problem):
     row = {"prompt": "Hi", "steps": ["a.", "b."], "labels": [1, 0]} | changes
@@ -1301,8 +1442,9 @@ def test_fields_that_are_needed(file, value):
 
 
 def test_what_is_no_file(tmp_path, alarm):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "none", tmp_path / "pipe", "/dev/zero", "", "a\0b", "x" * 5000):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (tmp_path, tmp_path / "none", pipe, "/dev/zero", "", "a\0b", "x" * 5000):
         text = complaint(rows.read_lines, path)
         assert f'"{path}" is not a file' in text
 
@@ -1311,24 +1453,30 @@ def test_a_file_that_may_not_be_read(file, monkeypatch):
     def forbidden(self):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Path, "read_bytes", forbidden)
-    assert f"{file}: cannot be read (Permission denied)" in complaint(rows.read_lines, write(file, ["{}"]))
+    write(file, ["{}"])
+    text = complaint(rows.read_lines, file)
+    assert f"{file}: cannot be read (Permission denied)" in text
 
 
 @pytest.mark.parametrize("letter", [" ", "\n", "x", "日", "\u0301"])
 def test_the_longest_text_can_be_tokenized(tok, letter, alarm):
-    text = "a" + letter * (rows.LONGEST - 2) + "b"
+    between = letter * (rows.LONGEST - 2)
+    text = "a" + between + "b"
     messages = rows.to_messages(text)
-    assert len(M.render(tok, messages).ids) > 1000
+    example = M.render(tok, messages)
+    assert len(example.ids) > 1000
     assert "500,000" in complaint(rows.to_messages, text + "b")
 
 
 # ---------------------------------------------------------------- constitutions
 
 def test_a_constitution(tmp_path):
-    rules = [{"id": "a", "principle": "Mind { and } and ] and é."}, {"principle": "Be.", "id": "b"}]
+    path = tmp_path / "c.json"
+    rules = [{"id": "a", "principle": "Mind { and } and ] and é."},
+             {"principle": "Be.", "id": "b"}]
     for indent in (None, 1, 4):
-        (tmp_path / "c.json").write_text(json.dumps(rules, indent=indent))
-        assert rows.read_constitution(tmp_path / "c.json") == rules
+        path.write_text(json.dumps(rules, indent=indent))
+        assert rows.read_constitution(path) == rules
 
 
 @pytest.mark.parametrize("name, count", [("", 5), ("_conflict", 3), ("_gap", 2), ("_vague", 1)])
@@ -1340,33 +1488,49 @@ RULE = {"id": "a", "principle": "Be good."}
 
 
 @pytest.mark.parametrize("rules, problem", [
-    ([], "list"), (RULE, "list"), (5, "list"), (None, "list"), ("Be good.", "list"),
-    (["Be good."], "principle 1"), ([RULE, 5], "principle 2"), ([RULE, {"id": "b"}], "principle 2: "),
-    ([{"principle": "Be."}], 'principle 1: "id"'), ([RULE | {"weight": 2}], "principle 1"),
+    ([], "list"),
+    (RULE, "list"),
+    (5, "list"),
+    (None, "list"),
+    ("Be good.", "list"),
+    (["Be good."], "principle 1"),
+    ([RULE, 5], "principle 2"),
+    ([RULE, {"id": "b"}], "principle 2: "),
+    ([{"principle": "Be."}], 'principle 1: "id"'),
+    ([RULE | {"weight": 2}], "principle 1"),
     ([RULE, RULE], "same id")])
 def test_a_broken_constitution(tmp_path, rules, problem):
-    (tmp_path / "c.json").write_text(json.dumps(rules))
-    text = complaint(rows.read_constitution, tmp_path / "c.json")
-    assert text.startswith(f"{tmp_path}/c.json") and problem in text and "want" in text
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps(rules))
+    text = complaint(rows.read_constitution, path)
+    assert text.startswith(f"{path}")
+    assert problem in text
+    assert "want" in text
 
 
 @pytest.mark.parametrize("name", ["id", "principle"])
 def test_which_values_a_principle_may_have(tmp_path, name):
+    path = tmp_path / "c.json"
     for kind, value in VALUES.items():
         if kind not in FINE[name]:
-            (tmp_path / "c.json").write_text(json.dumps([RULE | {name: value}]))
-            assert f'principle 1: "{name}"' in complaint(rows.read_constitution, tmp_path / "c.json")
+            rule = RULE | {name: value}
+            path.write_text(json.dumps([rule]))
+            text = complaint(rows.read_constitution, path)
+            assert f'principle 1: "{name}"' in text
 
 
 def test_a_constitution_that_is_not_json(tmp_path):
-    (tmp_path / "c.json").write_text('[\n {"id": "a", "principle": "Be good."},\n {"id": "b" "principle"}\n]')
-    assert complaint(rows.read_constitution, tmp_path / "c.json").startswith(f"{tmp_path}/c.json:3: not JSON")
+    path = tmp_path / "c.json"
+    path.write_text('[\n {"id": "a", "principle": "Be good."},\n {"id": "b" "principle"}\n]')
+    text = complaint(rows.read_constitution, path)
+    assert text.startswith(f"{path}:3: not JSON")
 
 
 # ---------------------------------------------------------------- against transformers
 
 REAL = os.environ.get("NANOALIGN_REAL")
-real = pytest.mark.skipif(not REAL, reason="NANOALIGN_REAL: a Hugging Face folder, with transformers")
+NO_REAL = "NANOALIGN_REAL: a Hugging Face folder, with transformers"
+real = pytest.mark.skipif(not REAL, reason=NO_REAL)
 
 
 @pytest.fixture(scope="module")
@@ -1436,20 +1600,28 @@ def test_a_real_model_saved_by_us_opens_in_transformers(both, tmp_path):
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
     again = AutoTokenizer.from_pretrained(tmp_path / "m")
-    assert again("Zoë has 12 apples.")["input_ids"] == their_tok("Zoë has 12 apples.")["input_ids"]
+    text = "Zoë has 12 apples."
+    assert again(text)["input_ids"] == their_tok(text)["input_ids"]
 
 
 @real
 def test_real_tokens_are_theirs(both):
-    """For characters whose bytes the vocabulary has: it merges across the others, and we leave them out."""
+    """For characters whose bytes the vocabulary has: it merges across the others, and we leave
+    them out."""
     _, tok, _, their_tok = both
     codes = [*range(32, 127), *range(0xA0, 0x2000), *range(0x3000, 0x4000), 0x1F600]
-    some = [chr(i) for i in codes if tok.decode(tok.encode_ordinary(chr(i))) == chr(i)]
+    some = []
+    for code in codes:
+        letter = chr(code)
+        if tok.decode(tok.encode_ordinary(letter)) == letter:
+            some.append(letter)
+    kinds = [some, some[:95], [" "], ["\n"]]
+    texts = ["a  7 12 345\n\n 8", "don't I'll", "Zoë e\u0301 🎉🎉",
+             "def f(x):\n  return x\n\n\n  y", "\t\r\n x"]
     g = random.Random(0)
-    texts = ["a  7 12 345\n\n 8", "don't I'll", "Zoë e\u0301 🎉🎉", "def f(x):\n  return x\n\n\n  y", "\t\r\n x"]
     for _ in range(500):
-        kinds = [some, some[:95], [" "], ["\n"]]
-        texts.append("".join(g.choice(g.choice(kinds)) for _ in range(16)))
+        letters = [g.choice(g.choice(kinds)) for _ in range(16)]
+        texts.append("".join(letters))
     for text in texts:
         want = their_tok(text, add_special_tokens=False)["input_ids"]
         assert tok.encode_ordinary(text) == want, repr(text)
@@ -1479,15 +1651,18 @@ def test_our_tokenizer_is_the_same_in_transformers(folder, tok):
     theirs = AutoTokenizer.from_pretrained(folder)
     for text in some_texts(500):
         if "<|" not in text:
-            assert theirs(text, add_special_tokens=False)["input_ids"] == tok.encode_ordinary(text)
+            want = theirs(text, add_special_tokens=False)["input_ids"]
+            assert want == tok.encode_ordinary(text)
     chat = HI + says("the 12")
-    assert theirs.apply_chat_template(chat, return_dict=True)["input_ids"] == M.render(tok, chat).ids
+    want = theirs.apply_chat_template(chat, return_dict=True)["input_ids"]
+    assert want == M.render(tok, chat).ids
     assert theirs.eos_token == M.END and theirs.pad_token == M.PAD
 
 
 @real
 def test_our_tokenizer_comes_back_from_transformers(folder, tok):
-    """Not so with "model_type": "qwen2", where theirs puts Qwen's own pattern in place of the folder's."""
+    """Not so with "model_type": "qwen2", where theirs puts Qwen's own pattern in place of the
+    folder's."""
     from transformers import AutoTokenizer
     AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
     again = checkpoints.load(folder)[1]
@@ -1500,7 +1675,8 @@ def test_our_judges_open_in_transformers(tok, tmp_path):
     from transformers import AutoModelForSequenceClassification
     judge = M.ScalarModel(tiny_model())
     checkpoints.save(tmp_path / "r", judge, tok)
-    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r", dtype=torch.float32).eval()
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r", dtype=torch.float32)
+    theirs.eval()
     with torch.no_grad():
         want = theirs(IDS).logits[0]
         assert torch.allclose(judge(IDS)[0, -1], want, atol=1e-4)
@@ -1544,7 +1720,8 @@ def written_exam(style):
 
 def test_who_answers_as_one_could_wish_has_a_perfect_card():
     card = written_exam("full")
-    for key in ("gold", "helpful", "harmless", "honest", "math", "math_greedy", "math_long", "worked", "fact"):
+    for key in ("gold", "helpful", "harmless", "honest", "math", "math_greedy", "math_long",
+                "worked", "fact"):
         assert card[key] > 0.97, key
     for key in ("attack_none", "attack_seen", "attack_unseen", "over_refusal", "flattery"):
         assert card[key] == 0, key
@@ -1558,29 +1735,39 @@ def test_who_gives_in_to_everything_loses_to_every_attack():
 
 def test_attacks_are_counted_by_whether_their_family_is_in_training():
     kinds = ("essay", "scary", "danger")
-    rows = [row for row in world.read("exam") if row["kind"] in kinds or row.get("attack")]
-    counts = Counter(row.get("attack") for row in rows)
+    families = []
+    for row in world.read("exam"):
+        family = row.get("attack")
+        if family or row["kind"] in kinds:
+            families.append(family)
+    none = [family for family in families if family is None]
+    seen = [family for family in families if family in world.SEEN]
     n = written_exam("plain")["n"]
-    assert n["attack_none"] == counts[None]
-    assert n["attack_seen"] == sum(counts[family] for family in world.SEEN)
-    assert n["attack_unseen"] == len(rows) - n["attack_none"] - n["attack_seen"]
+    assert n["attack_none"] == len(none)
+    assert n["attack_seen"] == len(seen)
+    assert n["attack_unseen"] == len(families) - len(none) - len(seen)
 
 
 def test_long_sums_are_counted_apart():
     sums = [row for row in world.read("exam") if row["kind"] == "math"]
     long = [row for row in sums if len(row["slots"]["numbers"]) == 4]
     n = written_exam("plain")["n"]
-    assert (n["math_long"], n["math"], n["math_greedy"]) == (len(long), len(sums) - len(long), n["math"])
+    assert n["math_long"] == len(long)
+    assert n["math"] == len(sums) - len(long)
+    assert n["math_greedy"] == n["math"]
 
 
 def test_card_has_all_its_keys_with_intervals_and_n():
     model, tokenizer = tiny_model_exam()
-    card, answers = E.exam(model, tokenizer, reference=model, rows=some_rows())
-    card, _ = E.exam(model, tokenizer, reference=model, against=answers, rows=some_rows())
+    rows = some_rows()
+    _, answers = E.exam(model, tokenizer, reference=model, rows=rows)
+    card, _ = E.exam(model, tokenizer, reference=model, against=answers, rows=rows)
     means = {*RATES, "length", "kl", "gold_rise", "win_rate"}
     assert set(card) == means | {"wins", "ties", "losses", "intervals", "n"}
-    assert set(card["intervals"]) == set(card["n"]) == means
-    assert card["n"]["gold"] == len(answers) == card["wins"] + card["ties"] + card["losses"]
+    assert set(card["intervals"]) == means
+    assert set(card["n"]) == means
+    assert card["n"]["gold"] == len(answers)
+    assert card["wins"] + card["ties"] + card["losses"] == len(answers)
 
 
 def test_same_seed_same_answers_and_another_seed_others():
@@ -1594,20 +1781,31 @@ def test_same_seed_same_answers_and_another_seed_others():
 
 def test_the_exam_against_oneself_is_a_draw_at_no_distance():
     model, tokenizer = load(BASE)
-    card, answers = E.exam(model, tokenizer, reference=model, rows=some_rows())
+    rows = some_rows()
+    card, answers = E.exam(model, tokenizer, reference=model, rows=rows)
     assert abs(card["kl"]) < 1e-4
-    card, _ = E.exam(model, tokenizer, reference=model, against=answers, rows=some_rows())
-    assert (card["wins"], card["losses"], card["win_rate"], card["gold_rise"]) == (0, 0, 0.5, 0)
+    card, _ = E.exam(model, tokenizer, reference=model, against=answers, rows=rows)
+    assert card["wins"] == 0
+    assert card["losses"] == 0
+    assert card["win_rate"] == 0.5
+    assert card["gold_rise"] == 0
 
 
 def test_a_model_is_even_with_itself_when_some_of_its_answers_never_end(monkeypatch):
     monkeypatch.setattr(E, "MAX_NEW", 12)
     model, tokenizer = load(BASE)
-    _, answers = E.exam(model, tokenizer, rows=some_rows(10))
-    cut_off = [a for a in answers if world.judge(a.row, a.text) != a.mark]
-    assert cut_off and not any(a.ended for a in cut_off), "the judge must know who never ended"
-    card, _ = E.exam(model, tokenizer, against=answers, rows=some_rows(10))
-    assert (card["wins"], card["losses"]) == (0, 0)
+    rows = some_rows(10)
+    _, answers = E.exam(model, tokenizer, rows=rows)
+    cut_off = []
+    for answer in answers:
+        if_it_had_ended = world.judge(answer.row, answer.text)
+        if answer.mark != if_it_had_ended:
+            cut_off.append(answer)
+    assert cut_off
+    assert not any(answer.ended for answer in cut_off), "the judge must know who never ended"
+    card, _ = E.exam(model, tokenizer, against=answers, rows=rows)
+    assert card["wins"] == 0
+    assert card["losses"] == 0
 
 
 def test_kl_is_the_log_ratio_of_the_drawn_tokens_at_the_temperature_that_drew_them():
@@ -1617,41 +1815,62 @@ def test_kl_is_the_log_ratio_of_the_drawn_tokens_at_the_temperature_that_drew_th
     with torch.no_grad():
         other.norm.weight.mul_(0.9)
     card, _ = E.exam(model, tokenizer, reference=other, rows=rows)
-    prompts = [M.render_prompt(tokenizer, E.to_messages(row["prompt"])) for row in rows]
-    drawn = M.sample(model, tokenizer, prompts, max_new=72, temperature=0.7,
-                     generator=torch.Generator().manual_seed(0))
+    prompts = []
+    for row in rows:
+        messages = E.to_messages(row["prompt"])
+        prompts.append(M.render_prompt(tokenizer, messages))
+    generator = torch.Generator().manual_seed(0)
+    drawn = M.sample(model, tokenizer, prompts, max_new=72, temperature=0.7, generator=generator)
     kl = []
     for ids, mask, answer in zip(drawn.ids, drawn.mask, drawn.answer):
-        alone = ids[mask][None]                                 # (1, T) without padding
+        alone = ids[mask]                                       # (T,) without padding
         with torch.no_grad():
-            p = model(alone)[0].div(0.7).log_softmax(-1)        # (T, V)
-            q = other(alone)[0].div(0.7).log_softmax(-1)
+            logits = model(alone[None])[0]                      # (T, V)
+            other_logits = other(alone[None])[0]
+        log_p = (logits / 0.7).log_softmax(-1)
+        log_q = (other_logits / 0.7).log_softmax(-1)
+        log_ratio = log_p - log_q                               # (T, V)
         first = int((mask & ~answer).sum())
-        places = range(first, alone.shape[1])
-        kl.append(sum((p - q)[t - 1, alone[0, t]].item() for t in places))
+        of_tokens = []
+        for t in range(first, len(alone)):
+            token = alone[t]
+            of_tokens.append(log_ratio[t - 1, token].item())    # place t - 1 says what is at t
+        kl.append(sum(of_tokens))
     assert card["kl"] == pytest.approx(np.mean(kl), abs=1e-4)
 
 
 def test_short_rows_go_together_and_come_back_in_their_places():
     model, tokenizer = load(BASE)
-    asked = E.read("exam")[:150]                                # more than go through at once
-    prompts = [M.render_prompt(tokenizer, E.to_messages(row["prompt"])) for row in asked]
+    prompts = []
+    for row in E.read("exam")[:150]:                            # more than go through at once
+        messages = E.to_messages(row["prompt"])
+        prompts.append(M.render_prompt(tokenizer, messages))
     drawn = M.sample(model, tokenizer, prompts, max_new=6)
     with torch.no_grad():
         want = M.token_logps(model, *drawn[:3], E.TEMPERATURE)  # all in one pass
     got = E.logps_of(model, drawn)
     assert torch.allclose(got, want, atol=1e-4)
-    assert (got[~drawn.answer] == 0).all()
+    elsewhere = got[~drawn.answer]
+    assert (elsewhere == 0).all()
 
 
 def test_win_rate_is_of_the_decided():
-    rows = [{"prompt": str(i), "kind": "fact", "slots": {}} for i in range(10)]
-    marks = [(0, 1), (0, 1), (0, 1), (1, 0), (1, 1), (0, 0), (1, 1), (1, 1), (1, 1), (1, 1)]
-    old = [E.Answer(row, "", True, {"gold": a}) for row, (a, b) in zip(rows, marks)]
-    new = [E.Answer(row, "", True, {"gold": b}) for row, (a, b) in zip(rows, marks)]
-    card = E.card_of({"gold_rise": E.gold_rises(old, new)})
-    assert (card["wins"], card["ties"], card["losses"]) == (3, 6, 1)
-    assert card["win_rate"] == 0.75 and card["gold_rise"] == pytest.approx(0.2)
+    """Of ten answers three get better, one gets worse, and six are as good as before."""
+    old_golds = [0, 0, 0, 1, 1, 0, 1, 1, 1, 1]
+    new_golds = [1, 1, 1, 0, 1, 0, 1, 1, 1, 1]
+    old = []
+    new = []
+    for i in range(10):
+        row = {"prompt": str(i), "kind": "fact", "slots": {}}
+        old.append(E.Answer(row, "", True, {"gold": old_golds[i]}))
+        new.append(E.Answer(row, "", True, {"gold": new_golds[i]}))
+    rises = E.gold_rises(old, new)
+    card = E.card_of({"gold_rise": rises})
+    assert card["wins"] == 3
+    assert card["ties"] == 6
+    assert card["losses"] == 1
+    assert card["win_rate"] == 0.75
+    assert card["gold_rise"] == pytest.approx(0.2)
     assert card["n"]["win_rate"] == 4
 
 
@@ -1683,7 +1902,8 @@ def test_interval_against_a_plain_bootstrap():
 
 def test_interval_of_a_share_against_the_normal_distribution():
     values = [i < 104 for i in range(416)]                      # a quarter
-    assert E.half_width(values) == pytest.approx(1.96 * math.sqrt(0.25 * 0.75 / 416), rel=0.1)
+    deviation = math.sqrt(0.25 * 0.75 / 416)
+    assert E.half_width(values) == pytest.approx(1.96 * deviation, rel=0.1)
 
 
 def test_interval_is_the_same_every_time():
@@ -1715,7 +1935,8 @@ def test_paired_interval_is_the_bootstrap_of_the_differences():
     new = [x + 0.1 * rng.random() for x in old]
     difference, half = E.paired(answers_with(old), answers_with(new))
     differences = [y - x for x, y in zip(old, new)]
-    assert difference == pytest.approx(sum(differences) / 80)
+    mean = sum(differences) / 80
+    assert difference == pytest.approx(mean)
     assert half == pytest.approx(plain_bootstrap(differences), rel=0.1)
 
 
@@ -1723,8 +1944,9 @@ def test_paired_interval_is_narrower_where_hard_prompts_are_hard_for_both():
     rng = random.Random(2)
     old = [rng.random() for _ in range(80)]
     new = [x + 0.1 * rng.random() for x in old]
-    half = E.paired(answers_with(old), answers_with(new))[1]
-    assert half < 0.3 * math.hypot(E.half_width(old), E.half_width(new))
+    _, half = E.paired(answers_with(old), answers_with(new))
+    unpaired = math.hypot(E.half_width(old), E.half_width(new))
+    assert half < 0.3 * unpaired
 
 
 def test_answers_to_other_prompts_are_not_compared():
@@ -1745,8 +1967,12 @@ def test_all_intervals_of_a_card_take_no_time():
 # ---------------------------------------------------------------- cards on the screen
 
 def card(n=416, **rates):
-    halves = {key: 1.96 * math.sqrt(rate * (1 - rate) / n) for key, rate in rates.items()}
-    return dict(rates) | {"intervals": halves, "n": dict.fromkeys(rates, n)}
+    """-> a card with these rates of n prompts each, and their intervals"""
+    halves = {}
+    for key, rate in rates.items():
+        variance = rate * (1 - rate) / n
+        halves[key] = 1.96 * math.sqrt(variance)
+    return {**rates, "intervals": halves, "n": dict.fromkeys(rates, n)}
 
 
 def printed(capsys, cards):
@@ -1756,8 +1982,9 @@ def printed(capsys, cards):
 
 def test_two_cards_fit_80_columns(capsys):
     model, tokenizer = tiny_model_exam()
-    before, answers = E.exam(model, tokenizer, reference=model, rows=some_rows())
-    after, _ = E.exam(model, tokenizer, reference=model, against=answers, rows=some_rows())
+    rows = some_rows()
+    before, answers = E.exam(model, tokenizer, reference=model, rows=rows)
+    after, _ = E.exam(model, tokenizer, reference=model, against=answers, rows=rows)
     before |= {"chosen": -123.456, "a_long_name_of_a_thing": 1234.5}
     lines = printed(capsys, {"before": before, "after": after})
     assert max(map(len, lines)) <= 80
@@ -1769,11 +1996,12 @@ def test_a_rate_is_shown_with_its_interval_and_n(capsys):
 
 
 def test_what_got_worse_by_more_than_its_interval_is_marked(capsys):
+    """0.1 is within gold's interval; and fewer attacks are better."""
     before = card(n=100, gold=0.6, fact=0.9, attack_seen=0.1, attack_unseen=0.5, length=0.2)
     after = card(n=100, gold=0.5, fact=0.6, attack_seen=0.4, attack_unseen=0.1, length=0.9)
     lines = printed(capsys, {"before": before, "after": after})
     marked = [line.split()[0] for line in lines if "!" in line]
-    assert marked == ["fact", "attack_seen", "!"], "0.1 is within the interval; fewer attacks are better"
+    assert marked == ["fact", "attack_seen", "!"]
 
 
 def test_no_footnote_where_nothing_got_worse(capsys):
@@ -1781,8 +2009,11 @@ def test_no_footnote_where_nothing_got_worse(capsys):
 
 
 def test_cards_of_ones_own_data_need_no_intervals(capsys):
-    lines = printed(capsys, {"before": {"held_out": 2.5}, "after": {"held_out": 2.25, "accuracy": 0.5}})
-    assert [line.split() for line in lines[1:]] == [["held_out", "2.50", "2.25"], ["accuracy", "0.50"]]
+    before = {"held_out": 2.5}
+    after = {"held_out": 2.25, "accuracy": 0.5}
+    lines = printed(capsys, {"before": before, "after": after})
+    words = [line.split() for line in lines[1:]]
+    assert words == [["held_out", "2.50", "2.25"], ["accuracy", "0.50"]]
 
 
 def test_what_is_almost_nothing_has_no_minus(capsys):
@@ -1793,26 +2024,34 @@ def test_answers_are_shown_beside_each_other_with_their_marks(capsys):
     rng = Random(0)
     sides = []
     for style in ("bad", "full"):
+        ended = style == "full"
         side = []
         for row in world.read("exam"):
             text = world.write(rng, row, style)
-            side.append(E.Answer(row, text, style == "full", world.judge(row, text, style == "full")))
+            mark = world.judge(row, text, ended)
+            side.append(E.Answer(row, text, ended, mark))
         sides.append(side)
     E.show_answers(*sides, SimpleNamespace(say=print))
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
     prompts = [line[10:] for line in lines if line.startswith("  prompt  ")]
-    assert 4 <= len(prompts) == len(set(prompts)) <= 6
+    assert 4 <= len(prompts) <= 6
+    assert len(prompts) == len(set(prompts))
     assert max(map(len, lines)) <= 80
-    assert any("helpful 1.00 x harmless 1.00 x honest 1.00" in line for line in lines)
-    assert sum("never ended" in line for line in lines) == len(prompts)
+    assert "helpful 1.00 x harmless 1.00 x honest 1.00" in shown
+    never_ended = ["never ended" in line for line in lines]
+    assert sum(never_ended) == len(prompts)
 
 
 def test_answers_to_ones_own_prompts_are_shown_without_marks(capsys):
-    rows = [{"prompt": "Hi"}, {"prompt": [{"role": "user", "content": "Hello"}], "kind": ["odd"]}]
-    answers = [E.Answer(row, "Yes.", True, None) for row in rows]
+    messages = [{"role": "user", "content": "Hello"}]
+    answers = []
+    for row in {"prompt": "Hi"}, {"prompt": messages, "kind": ["odd"]}:
+        answers.append(E.Answer(row, "Yes.", True, None))
     E.show_answers(answers, answers, SimpleNamespace(say=print))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["  prompt  Hi", "  before  Yes.", "   after  Yes."] and len(lines) == 6
+    assert lines[:3] == ["  prompt  Hi", "  before  Yes.", "   after  Yes."]
+    assert len(lines) == 6
 
 
 def test_no_answers_are_shown_as_nothing(capsys):
@@ -1822,11 +2061,20 @@ def test_no_answers_are_shown_as_nothing(capsys):
 
 # ---------------------------------------------------------------- the end of a run
 
-def end_of_run(tmp_path, targets, capsys=None, before={"gold": 0.66}, after={"gold": 0.78}, **flags):
+BEFORE = {"gold": 0.66}
+AFTER = {"gold": 0.78}
+
+
+def end_of_run(tmp_path, targets, capsys=None, before=BEFORE, after=AFTER, **flags):
+    """-> the results, and with capsys the lines that were printed"""
     config = house.Settings(out=str(tmp_path / "out"), **flags)
+    started = time.time() - 43
     log = SimpleNamespace(rows=[{"step": 0, "loss": 1.0}, {"step": 1, "loss": 0.5, "kl": 0.1}])
-    results = E.finish("dpo", config, time.time() - 43, log, before, after, targets, turn={"peak": 1})
-    return results, capsys.readouterr().out.splitlines() if capsys else None
+    turn = {"peak": 1}
+    results = E.finish("dpo", config, started, log, before, after, targets, turn=turn)
+    if capsys is None:
+        return results, None
+    return results, capsys.readouterr().out.splitlines()
 
 
 def test_verdict_is_the_last_line(tmp_path, capsys):
@@ -1844,7 +2092,9 @@ def test_a_target_can_be_a_most(tmp_path, capsys):
     cards = dict(before={}, after={"held_out": 0.4})
     results, lines = end_of_run(tmp_path, [target], capsys, **cards)
     assert lines[-1] == "PASS held_out 0.40 (target at most 0.50) in 43 s"
-    assert not end_of_run(tmp_path, [target._replace(bound=0.3)], **cards)[0]["passed"]
+    less = E.Target("held_out", 0.3, at_most=True)
+    results, _ = end_of_run(tmp_path, [less], **cards)
+    assert not results["passed"]
 
 
 def test_several_targets_must_all_be_reached(tmp_path, capsys):
@@ -1862,37 +2112,51 @@ def test_a_number_that_is_none_reaches_nothing():
 
 def test_a_run_leaves_its_numbers_and_its_picture(tmp_path):
     results, _ = end_of_run(tmp_path, [E.Target("gold", 0.7)], quiet=True)
-    written = json.loads((tmp_path / "out/results.json").read_text())
+    out = tmp_path / "out"
+    written = json.loads((out / "results.json").read_text())
     assert written.keys() == {"stage", "config", "seconds", "before", "after", "passed", "turn"}
-    assert (written["stage"], written["after"], written["turn"]) == ("dpo", {"gold": 0.78}, {"peak": 1})
+    assert written["stage"] == "dpo"
+    assert written["after"] == {"gold": 0.78}
+    assert written["turn"] == {"peak": 1}
     assert written["config"]["steps"] == 100
-    assert (tmp_path / "out/metrics.csv").read_text() == "step,loss,kl\n0,1.0,\n1,0.5,0.1\n"
-    ElementTree.parse(tmp_path / "out/run.svg")
+    assert (out / "metrics.csv").read_text() == "step,loss,kl\n0,1.0,\n1,0.5,0.1\n"
+    ElementTree.parse(out / "run.svg")
     assert results["log"][1]["kl"] == 0.1
 
 
 def test_no_save_writes_nothing_and_quiet_prints_nothing(tmp_path, capsys):
-    results, lines = end_of_run(tmp_path, [E.Target("gold", 0.7)], capsys, quiet=True, save=False)
-    assert lines == [] and list(tmp_path.iterdir()) == [] and results["passed"]
+    target = E.Target("gold", 0.7)
+    results, lines = end_of_run(tmp_path, [target], capsys, quiet=True, save=False)
+    assert lines == []
+    assert list(tmp_path.iterdir()) == []
+    assert results["passed"]
 
 
 def test_a_run_of_one_step_has_a_picture():
-    drawn = ElementTree.fromstring(E.run_picture([{"step": 0, "loss": 0.7}], {"loss": 0.7}, {"loss": 0.7}))
+    card = {"loss": 0.7}
+    picture = E.run_picture([{"step": 0, "loss": 0.7}], card, card)
+    drawn = ElementTree.fromstring(picture)
     assert "loss" in words_of(drawn)
 
 
 def test_a_run_whose_numbers_are_all_missing_has_a_picture():
-    ElementTree.fromstring(E.run_picture([{"step": 0, "kl": math.nan}], {"gold": 0.5}, {"gold": math.nan}))
+    picture = E.run_picture([{"step": 0, "kl": math.nan}], {"gold": 0.5}, {"gold": math.nan})
+    ElementTree.fromstring(picture)
 
 
 def test_the_run_picture_shows_at_most_five_curves_and_the_card():
+    columns = "reward score gold kl loss accuracy length chosen rejected".split()
     rows = []
     for step in range(30):
-        row = dict.fromkeys(("reward score gold kl loss accuracy length chosen rejected").split(), step / 30)
+        row = dict.fromkeys(columns, step / 30)
         rows.append(row | {"step": step})
-    drawn = E.run_picture(rows, card(gold=0.5, fact=0.5), card(gold=0.6, fact=0.4))
-    titles = [e.text for e in ElementTree.fromstring(drawn).iter() if e.get("class") == "title"]
-    assert len(titles) == 6 and titles[0] == "reward" and titles[-1] == "the card"
+    before = card(gold=0.5, fact=0.5)
+    after = card(gold=0.6, fact=0.4)
+    drawn = ElementTree.fromstring(E.run_picture(rows, before, after))
+    titles = [e.text for e in drawn.iter() if e.get("class") == "title"]
+    assert len(titles) == 6
+    assert titles[0] == "reward"
+    assert titles[-1] == "the card"
 
 
 def test_running_mean_by_hand():
@@ -1901,7 +2165,7 @@ def test_running_mean_by_hand():
     assert E.running_mean([3.0, 1.0]) == [3.0, 1.0]
 
 
-# ---------------------------------------------------------------- what a run makes sure of before it works
+# ---------------------------------------------------------------- what a run checks first
 
 def test_a_run_that_ends_at_once_has_made_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1934,9 +2198,11 @@ def test_an_empty_text_can_be_a_default():
 
 @pytest.mark.parametrize("device", ["meta", "text", "cuda:99", "mps"])
 def test_a_device_that_is_not_there_is_named_before_any_work(tmp_path, device):
-    config = house.Settings(device=device, out=str(tmp_path / "out"), quiet=True)
+    out = tmp_path / "out"
+    config = house.Settings(device=device, out=str(out), quiet=True)
     text = complaint(house.begin, config)
-    assert text.startswith(f"--device {device} ") and len(text) < 200
+    assert text.startswith(f"--device {device} ")
+    assert len(text) < 200
 
 
 def test_help_into_a_closed_pipe_says_nothing():
@@ -1955,21 +2221,42 @@ def test_too_few_rows_name_the_flag():
 # ---------------------------------------------------------------- pictures
 
 def gallery():
-    close = [chart_file.Line(name, list(range(11)), [0.5 + i / 25 + j / 500 for i in range(11)])
-             for j, name in enumerate(("REINFORCE", "RLOO", "PPO", "GRPO"))]
-    curves = [chart_file.Line(f"beta {b}", [i * b for i in range(25)], [math.sin(i / 9) for i in range(25)])
-              for b in (1, 0.5, 0.2)]
-    dots = [chart_file.Line(name, [x], [y], [y - 0.03], [y + 0.03]) for name, x, y in (
-        ("sft", 0, 0.66), ("dpo", 0.9, 0.78), ("ipo", 0.92, 0.775), ("kto", 0.85, 0.76), ("ppo", 1.5, 0.87))]
-    best = chart_file.Line("best of N", [1, 2, 4, 8, 16], [0.6, 0.7, 0.75, 0.8, 0.81], [0.5] * 5, [0.9] * 5)
-    bars = [chart_file.Bar(name, {"before": x, "after": 1 - x, "RLOO": x / 2}, {"before": 0.1, "after": 0.05})
-            for name, x in (("attack_unseen", 0.9), ("a name that is far too long for its place in it", 0.2))]
-    return [chart_file.Panel("The same budget & <odd> signs", "thousand tokens", "reward", close),
+    """Six panels of what is hard to draw: names at one place, a long title, signs of XML, one dot,
+    large numbers."""
+    steps = list(range(11))
+    close = []
+    for j, name in enumerate(("REINFORCE", "RLOO", "PPO", "GRPO")):
+        ys = [0.5 + i / 25 + j / 500 for i in steps]
+        close.append(chart_file.Line(name, steps, ys))
+    curves = []
+    for beta in (1, 0.5, 0.2):
+        xs = [i * beta for i in range(25)]
+        ys = [math.sin(i / 9) for i in range(25)]
+        curves.append(chart_file.Line(f"beta {beta}", xs, ys))
+    places = {"sft": (0, 0.66), "dpo": (0.9, 0.78), "ipo": (0.92, 0.775), "kto": (0.85, 0.76),
+              "ppo": (1.5, 0.87)}
+    dots = []
+    for name, (x, y) in places.items():
+        dots.append(chart_file.Line(name, [x], [y], [y - 0.03], [y + 0.03]))
+    Ns = [1, 2, 4, 8, 16]
+    gold = [0.6, 0.7, 0.75, 0.8, 0.81]
+    best = chart_file.Line("best of N", Ns, gold, 5 * [0.5], 5 * [0.9])
+    long_name = "a name that is far too long for its place in it"
+    long_title = "Everything in the course in one picture with a long title"
+    bars = []
+    for name, x in (("attack_unseen", 0.9), (long_name, 0.2)):
+        values = {"before": x, "after": 1 - x, "RLOO": x / 2}
+        halves = {"before": 0.1, "after": 0.05}
+        bars.append(chart_file.Bar(name, values, halves))
+    rising = chart_file.Line("b", [0, 1e6], [1e5, 9e5])
+    flat = chart_file.Line("a", [0, 1e6], [7e5, 7e5])
+    budget = "The same budget & <odd> signs"
+    return [chart_file.Panel(budget, "thousand tokens", "reward", close),
             chart_file.Panel("Goodhart", "KL, nats an answer", "gold", curves, scale="root"),
-            chart_file.Panel("Everything in the course in one picture with a long title", "KL", "gold", dots, scale="root"),
+            chart_file.Panel(long_title, "KL", "gold", dots, scale="root"),
             chart_file.Panel("Best of N", "N", "gold", [best], scale="log"),
             chart_file.Panel("Leaks", "share", bars=bars, limits=(0, 1)),
-            chart_file.Panel("Large", "tokens", "x", [chart_file.Line("b", [0, 1e6], [1e5, 9e5]), chart_file.Line("a", [0, 1e6], [7e5, 7e5])])]
+            chart_file.Panel("Large", "tokens", "x", [rising, flat])]
 
 
 def words_of(drawn):
@@ -1980,13 +2267,20 @@ def boxes_of(drawn):
     """Every text with its rectangle, letters of 0.6 em."""
     boxes = []
     for e in drawn.iter():
-        if e.tag.endswith("}text") and e.text:
-            size = 14 if e.get("class") == "title" else 12
-            if e.get("style"):
-                size = float(re.search(r"font-size:([\d.]+)px", e.get("style"))[1])
-            width = 0.6 * size * len(e.text)
-            left = float(e.get("x")) - {"start": 0, "middle": width / 2, "end": width}[e.get("text-anchor")]
-            boxes.append((e.text, left, float(e.get("y")) - 9, left + width, float(e.get("y")) + 2))
+        if not e.tag.endswith("}text") or not e.text:
+            continue
+        size = 12
+        if e.get("class") == "title":
+            size = 14
+        style = e.get("style")
+        if style:
+            size = float(re.search(r"font-size:([\d.]+)px", style)[1])
+        width = 0.6 * size * len(e.text)
+        x = float(e.get("x"))
+        y = float(e.get("y"))
+        x_from_left = {"start": 0, "middle": width / 2, "end": width}
+        left = x - x_from_left[e.get("text-anchor")]
+        boxes.append((e.text, left, y - 9, left + width, y + 2))
     return boxes
 
 
@@ -1999,18 +2293,26 @@ def test_a_chart_is_xml_and_holds_no_outside_resource():
 
 @pytest.mark.parametrize("columns", [1, 2, 3])
 def test_no_text_is_outside_of_the_picture(columns):
-    drawn = ElementTree.fromstring(chart_file.chart(gallery(), columns=columns, width=380 * columns))
-    width, height = map(float, drawn.get("viewBox").split()[2:])
+    picture = chart_file.chart(gallery(), columns=columns, width=380 * columns)
+    drawn = ElementTree.fromstring(picture)
+    view = drawn.get("viewBox").split()
+    width = float(view[2])
+    height = float(view[3])
     for text, left, top, right, bottom in boxes_of(drawn):
-        assert left >= 0 and top >= 0 and right <= width and bottom <= height, text
+        assert left >= 0, text
+        assert top >= 0, text
+        assert right <= width, text
+        assert bottom <= height, text
 
 
 def test_no_text_covers_another():
-    boxes = boxes_of(ElementTree.fromstring(chart_file.chart(gallery())))
+    drawn = ElementTree.fromstring(chart_file.chart(gallery()))
+    boxes = boxes_of(drawn)
     for i, (a, left, top, right, bottom) in enumerate(boxes):
         for b, left2, top2, right2, bottom2 in boxes[:i]:
-            apart = left >= right2 or left2 >= right or top >= bottom2 or top2 >= bottom
-            assert apart, (a, b)
+            beside = left >= right2 or left2 >= right
+            below = top >= bottom2 or top2 >= bottom
+            assert beside or below, (a, b)
 
 
 def test_a_name_stands_where_nothing_else_does():
@@ -2037,11 +2339,12 @@ def test_names_at_the_right_edge_keep_the_order_of_their_lines():
 
 def test_a_name_has_one_colour_in_all_panels():
     drawn = ElementTree.fromstring(chart_file.chart(gallery()))
-    colours = {}
+    colours = {"RLOO": set(), "before": set(), "after": set()}
     for e in drawn.iter():
-        if e.tag.endswith("text") and e.text in ("RLOO", "before", "after"):
-            colours.setdefault(e.text, set()).add(e.get("class"))
-    assert all(len(found) == 1 for found in colours.values()) and len(colours) == 3
+        if e.tag.endswith("text") and e.text in colours:
+            colours[e.text].add(e.get("class"))
+    for found in colours.values():
+        assert len(found) == 1
 
 
 def test_all_words_of_a_panel_are_drawn():
@@ -2052,34 +2355,54 @@ def test_all_words_of_a_panel_are_drawn():
 
 
 def test_a_bars_interval_has_its_length():
-    bars = [chart_file.Bar("gold", {"a": 0.2, "b": 0.3}, {"a": 0.9, "b": 0.1})]
-    drawn = chart_file.chart([chart_file.Panel("t", bars=bars)], width=400)
-    bar, interval = re.findall(r'd="M([\d.]+) 126.0L([\d.]+) 126.0"', drawn)
-    length = float(bar[1]) - float(bar[0])
-    whole = float(interval[1]) - float(interval[0])
-    assert whole == pytest.approx(2 * 0.9 / 0.2 * length, rel=0.02)
+    values = {"a": 0.2, "b": 0.3}
+    halves = {"a": 0.9, "b": 0.1}
+    bar = chart_file.Bar("gold", values, halves)
+    panel = chart_file.Panel("t", bars=[bar])
+    drawn = chart_file.chart([panel], width=400)
+    of_bar, of_interval = re.findall(r'd="M([\d.]+) 126.0L([\d.]+) 126.0"', drawn)
+    start, end = map(float, of_bar)
+    low, high = map(float, of_interval)
+    per_unit = (end - start) / 0.2
+    assert high - low == pytest.approx(2 * 0.9 * per_unit, rel=0.02)
 
 
 def test_a_missing_number_is_a_gap():
-    drawn = chart_file.chart([chart_file.Panel("t", lines=[chart_file.Line("a", [0, 1, 2, 3, 4], [1, 2, math.nan, 2, 3])])])
-    assert "nan" not in drawn
-    path = next(e.get("d") for e in ElementTree.fromstring(drawn).iter() if e.get("class") == "c0")
-    assert re.sub(r"[\d. ]", "", path) == "MLML"
+    line = chart_file.Line("a", [0, 1, 2, 3, 4], [1, 2, math.nan, 2, 3])
+    panel = chart_file.Panel("t", lines=[line])
+    picture = chart_file.chart([panel])
+    assert "nan" not in picture
+    drawn = ElementTree.fromstring(picture)
+    path = next(e.get("d") for e in drawn.iter() if e.get("class") == "c0")
+    commands = re.sub(r"[\d. ]", "", path)
+    assert commands == "MLML"
 
 
 def test_flat_lines_single_points_and_huge_numbers_can_be_drawn():
-    for xs, ys in (([0, 1], [0.5, 0.5]), ([3], [0.0]), ([0, 1], [1e9, -1e9]), ([0], [math.nan]), ([1, 2], [1e-9, 2e-9])):
+    flat = chart_file.Line("a", [0, 1], [0.5, 0.5])
+    single = chart_file.Line("a", [3], [0.0])
+    huge = chart_file.Line("a", [0, 1], [1e9, -1e9])
+    missing = chart_file.Line("a", [0], [math.nan])
+    tiny = chart_file.Line("a", [1, 2], [1e-9, 2e-9])
+    for line in (flat, single, huge, missing, tiny):
         for scale in ("linear", "root"):
-            assert "nan" not in chart_file.chart([chart_file.Panel("t", lines=[chart_file.Line("a", xs, ys)], scale=scale)])
+            panel = chart_file.Panel("t", lines=[line], scale=scale)
+            assert "nan" not in chart_file.chart([panel])
 
 
 def test_ticks_are_round_and_few():
-    for low, high in ((0, 1), (0.48, 0.93), (-17.8, -15.2), (0, 109), (3, 7), (0, 1e6), (1e-4, 3e-4)):
-        ticks = chart_file.Axis([low, high, (low + high) / 2.1], 0, 100).ticks()
+    for low, high in ((0, 1), (0.48, 0.93), (-17.8, -15.2), (0, 109), (3, 7), (0, 1e6),
+                      (1e-4, 3e-4)):
+        between = (low + high) / 2.1
+        ticks = chart_file.Axis([low, high, between], 0, 100).ticks()
+        assert 3 <= len(ticks) <= 8
         steps = np.diff(ticks)
-        assert 3 <= len(ticks) <= 8 and np.allclose(steps, steps[0])
-        assert f"{steps[0]:.0e}"[0] in "125"
-        assert low - 0.1 * (high - low) <= ticks[0] and ticks[-1] <= high + 0.1 * (high - low)
+        assert np.allclose(steps, steps[0])
+        first_digit = f"{steps[0]:.0e}"[0]
+        assert first_digit in "125"
+        air = 0.1 * (high - low)
+        assert ticks[0] >= low - air
+        assert ticks[-1] <= high + air
 
 
 def test_steps_and_rounds_have_whole_ticks():
@@ -2087,36 +2410,47 @@ def test_steps_and_rounds_have_whole_ticks():
 
 
 def test_a_log_scale_of_few_numbers_has_ticks_at_these():
-    assert chart_file.Axis([1, 2, 4, 8, 16], 0, 100, "log").ticks() == [1, 2, 4, 8, 16]
+    numbers = [1, 2, 4, 8, 16]
+    axis = chart_file.Axis(numbers, 0, 100, "log")
+    assert axis.ticks() == numbers
 
 
 def test_places_on_the_three_scales():
     for low in (0, 1):                      # it begins at 0, wherever its numbers do
-        assert chart_file.Axis([low, 4], 0, 100, "root").at(1) == pytest.approx(50)
-    assert chart_file.Axis([1, 100], 0, 100, "log").at(10) == pytest.approx(50)
-    assert chart_file.Axis([0, 4], 0, 100, limits=(0, 4)).at(1) == pytest.approx(25)
+        root = chart_file.Axis([low, 4], 0, 100, "root")
+        assert root.at(1) == pytest.approx(50)
+    log = chart_file.Axis([1, 100], 0, 100, "log")
+    linear = chart_file.Axis([0, 4], 0, 100, limits=(0, 4))
+    assert log.at(10) == pytest.approx(50)
+    assert linear.at(1) == pytest.approx(25)
 
 
 def test_ticks_of_a_bent_axis_are_spread_over_it():
-    axis = chart_file.Axis([0, 4, 9], 0, 100, "root")           # the roots: 0, 0.6, 1.2, 1.8, 2.4, 3
+    axis = chart_file.Axis([0, 4, 9], 0, 100, "root")   # the roots: 0, 0.6, 1.2, 1.8, 2.4, 3
     assert axis.ticks() == [0, 0.4, 1, 3, 6, 9]
 
 
 def test_the_picture_of_checkpoints():
     """The better the higher, the farther from the first the more to the right."""
-    cards = {}
-    for folder, kl, gold in (("out/a", 0.0, 0.5), ("b/", 9.0, 0.9), ("c", 2.0, 0.7)):
-        cards[folder] = {"kl": kl, "gold": gold, "intervals": {"gold": 0.05}}
-    drawn = ElementTree.fromstring(E.picture(cards))
-    dots = [e for e in drawn.iter() if e.tag.endswith("circle") and e.get("r") == "5"]
-    x = [float(dot.get("cx")) for dot in dots]
-    y = [float(dot.get("cy")) for dot in dots]
-    assert x[0] < x[2] < x[1] and y[0] > y[2] > y[1]
+    intervals = {"gold": 0.05}
+    first = {"kl": 0.0, "gold": 0.5, "intervals": intervals}
+    far = {"kl": 9.0, "gold": 0.9, "intervals": intervals}
+    near = {"kl": 2.0, "gold": 0.7, "intervals": intervals}
+    drawn = ElementTree.fromstring(E.picture({"out/a": first, "b/": far, "c": near}))
+    x = []
+    y = []
+    for e in drawn.iter():
+        if e.tag.endswith("circle") and e.get("r") == "5":
+            x.append(float(e.get("cx")))
+            y.append(float(e.get("cy")))
+    assert x[0] < x[2] < x[1]
+    assert y[0] > y[2] > y[1]
     assert {"a", "b", "c"} <= set(words_of(drawn))
 
 
 def test_the_picture_of_one_checkpoint():
-    ElementTree.fromstring(E.picture({"out/sft": {"kl": 0.0, "gold": 0.5, "intervals": {"gold": 0.1}}}))
+    card = {"kl": 0.0, "gold": 0.5, "intervals": {"gold": 0.1}}
+    ElementTree.fromstring(E.picture({"out/sft": card}))
 
 
 def colours_of(style):
@@ -2124,28 +2458,40 @@ def colours_of(style):
 
 
 def brightness(colour):
-    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
-    channels = [int(digits[i:i + 2], 16) / 255 for i in (0, 2, 4)]
-    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    """WCAG's relative luminance: from 0, black, to 1, white."""
+    digits = colour[1:]
+    if len(digits) != 6:                    # #fff is #ffffff
+        digits = "".join(2 * digit for digit in digits)
+    linear = []
+    for i in (0, 2, 4):
+        channel = int(digits[i:i + 2], 16) / 255
+        if channel <= 0.03928:
+            linear.append(channel / 12.92)
+        else:
+            linear.append(((channel + 0.055) / 1.055) ** 2.4)
+    red, green, blue = linear
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["light", "dark"])
 def test_every_colour_can_be_read_on_its_paper(part):
     """WCAG asks for a contrast of 4.5 for small text."""
-    colours = colours_of(chart_file.STYLE.split("@media")[part])
+    style = chart_file.STYLE.split("@media")[part]
+    colours = colours_of(style)
     assert set(colours) == {"svg", ".paper", ".soft", ".c0", ".c1", ".c2", ".c3", ".c4", ".c5"}
     paper = brightness(colours.pop(".paper"))
     for name, colour in colours.items():
-        dark, light = sorted((paper, brightness(colour)))
-        assert (light + 0.05) / (dark + 0.05) > 4.5, name
+        ink = brightness(colour)
+        contrast = (max(paper, ink) + 0.05) / (min(paper, ink) + 0.05)
+        assert contrast > 4.5, name
 
 
 # ---------------------------------------------------------------- python -m data.exam
 
 def run_exam(*folders, cwd):
+    env = {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "data.exam", *folders], cwd=cwd, text=True,
-                          capture_output=True, env={"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"})
+                          capture_output=True, env=env)
 
 
 def test_parts_of_the_exam_have_names():
@@ -2175,32 +2521,39 @@ def test_which_way_is_better(key, better):
 def test_abilities_are_scored_by_what_is_right_and_vices_by_what_is_wrong():
     """Who always answers as one could wish has every ability, and no vice."""
     items = world.read("abilities")
-    scores = E.ability_scores([(item, item["answer"]) for item in items])
-    for name, marks in scores.items():
-        assert set(marks) == {not name.endswith("*")}, name
+    as_wished = [(item, item["answer"]) for item in items]
+    for name, marks in E.ability_scores(as_wished).items():
+        is_vice = name.endswith("*")
+        assert set(marks) == {not is_vice}, name
     secrets = [item for item in items if item["ability"] == "secrets"]
-    given = E.ability_scores([(item, f"It is {item['secret']}.") for item in secrets])
-    assert all(all(marks) for marks in given.values())
+    given_away = [(item, f"It is {item['secret']}.") for item in secrets]
+    for marks in E.ability_scores(given_away).values():
+        assert all(marks)
 
 
 def test_a_lesson_asks_the_abilities_that_it_names(monkeypatch):
     model, tokenizer = tiny_model_exam(0)
-    items = [item for item in world.read("abilities") if item["kind"] in ("sum", "silent", "back")]
+    kinds = ("sum", "silent", "back")
+    items = [item for item in world.read("abilities") if item["kind"] in kinds]
     monkeypatch.setattr(E, "read", lambda name: items)
     answered = E.ask_abilities(model, tokenizer, ["notes", "tools"])
-    assert {item["kind"] for item, text in answered} == {"sum", "silent"}
+    asked = {item["kind"] for item, text in answered}
+    assert asked == {"sum", "silent"}
 
 
 def test_the_cards_of_two_folders(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        save(tmp_path / "out" / name, *tiny_model_exam(ord(name)))
+        model, tokenizer = tiny_model_exam(ord(name))
+        save(tmp_path / "out" / name, model, tokenizer)
     monkeypatch.setattr(E, "read", lambda name: some_rows(60))
     E.main(["out/a", "out/b"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["out/a", "out/b", "n"]
-    assert any(line.startswith("gold_rise") for line in lines) and max(map(len, lines)) <= 80
-    assert {"a", "b"} <= set(words_of(ElementTree.parse("out/picture.svg").getroot()))
+    assert any(line.startswith("gold_rise") for line in lines)
+    assert max(map(len, lines)) <= 80
+    drawn = ElementTree.parse("out/picture.svg").getroot()
+    assert {"a", "b"} <= set(words_of(drawn))
 
 
 def test_a_wrong_sum_is_wrong_however_well_it_is_worked_out():

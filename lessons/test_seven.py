@@ -1,4 +1,4 @@
-"""The tests of page 7's programs: aloud, search, verify, grounded, tools and the protocol. Seconds."""
+"""The tests of page 7's programs: aloud, search, verify, grounded, tools, the protocol. Seconds."""
 import json
 import math
 import os
@@ -209,7 +209,7 @@ def test_what_a_model_writes_becomes_arguments():
 
 
 # ---------------------------------------------------------------- mcp: the official package
-# MCP_PYTHON=/some/venv/bin/python pytest lessons/test_seven.py -k official     with mcp installed there
+# with mcp there: MCP_PYTHON=/some/venv/bin/python pytest lessons/test_seven.py -k official
 
 THEIR_CLIENT = r'''
 import asyncio, sys
@@ -275,7 +275,8 @@ def test_calculator_by_hand():
     assert "347 + 586 = 933" in tools.__doc__
 
 
-@pytest.mark.parametrize("text", ["2 ** 9", "__import__('os')", "1 +", "1 + 2 + 3", "9" * 99 + " + 1"])
+@pytest.mark.parametrize("text", [
+    "2 ** 9", "__import__('os')", "1 +", "1 + 2 + 3", "9" * 99 + " + 1"])
 def test_the_calculator_runs_nothing(text):
     with pytest.raises(mcp.ToolError):
         mcp.calculator(text)
@@ -404,14 +405,15 @@ def test_what_an_answer_ends_in_is_right_or_not():
     assert grounded.is_right(silent, "queen Kuku, dog Kuku: no. The note does not say.")
     assert not grounded.is_right(silent, "queen Kuku, dog Kuku: yes. The queen of Kuku is Dina.")
     known = grounded.Question("Who is the queen of Kuku?", None, "The queen of Kuku is Dina.")
-    assert grounded.is_right(known, "queen Kuku, queen Kuku [2]: yes. The queen of Kuku is Dina. [2]")
+    cited = "queen Kuku, queen Kuku [2]: yes. The queen of Kuku is Dina. [2]"
+    assert grounded.is_right(known, cited)
     assert not grounded.is_right(known, "queen Kuku, queen Kuku: yes. The queen of Kuku is Dino.")
 
 
 def test_citations():
     lines = abilities.numbered(["The flag of Pugo is red.", "The queen of Pugo is Lani."])
-    assert grounded.citation_holds("queen Pugo, queen Pugo [2]: yes. The queen of Pugo is Lani. [2]",
-                                   lines)
+    cited = "queen Pugo, queen Pugo [2]: yes. The queen of Pugo is Lani. [2]"
+    assert grounded.citation_holds(cited, lines)
     for text in ["The queen of Pugo is Lani. [1]", "The queen of Pugo is Bafo. [2]",
                  "The queen of Pugo is Lani.", "The queen of Pugo is Lani. [3]"]:
         assert not grounded.citation_holds(text, lines)
@@ -433,7 +435,8 @@ def test_an_answer_at_once_goes_on_from_its_beginning(monkeypatch):
         one = torch.ones(1, 1, dtype=torch.bool)
         return SimpleNamespace(texts=["Lani."], answer=one, ended=one[0])
     monkeypatch.setattr(grounded.aloud, "sample", sample)
-    texts = grounded.say_at_once(None, load_ranks(), [question], [question.truth], grounded.Config())
+    config = grounded.Config()
+    texts = grounded.say_at_once(None, load_ranks(), [question], [question.truth], config)
     assert texts == ["The queen of Pugo is Lani."] and grounded.is_right(question, texts[0])
     assert seen[0].endswith("<|im_start|>assistant\nThe queen of Pugo is")
 
@@ -515,8 +518,11 @@ def test_surest_takes_those_on_which_most_agree():
 # ---------------------------------------------------------------- search: beams
 
 def test_the_best_partials_of_each_sum_are_kept_once():
-    partials = [search.Partial(0, "a", 1.0), search.Partial(0, "a", 1.0), search.Partial(0, "b", 3.0),
-                search.Partial(0, "c", 2.0), search.Partial(1, "d", 0.0)]
+    partials = [search.Partial(0, "a", 1.0),
+                search.Partial(0, "a", 1.0),
+                search.Partial(0, "b", 3.0),
+                search.Partial(0, "c", 2.0),
+                search.Partial(1, "d", 0.0)]
     kept = search.best_partials(partials, 2)
     assert [partial.text for partial in kept] == ["b", "c", "d"]
 
@@ -639,9 +645,12 @@ def test_an_answer_is_begun_and_goes_on(monkeypatch):
     def sample(model, tokenizer, prompts, **settings):
         seen.extend(tokenizer.decode(prompt) for prompt in prompts)
         marks = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 0, 0]])
-        return SimpleNamespace(texts=["28.", "28."], answer=marks, ended=torch.tensor([True, False]))
+        ended = torch.tensor([True, False])
+        return SimpleNamespace(texts=["28.", "28."], answer=marks, ended=ended)
     monkeypatch.setattr(aloud, "sample", sample)
-    answers = aloud.answer(None, TOKENIZER, [to_messages(row_of(4, 15, 9)["prompt"])] * 2, ["So it is", ""], aloud.Config())
+    messages = to_messages(row_of(4, 15, 9)["prompt"])
+    begun_by = ["So it is", ""]
+    answers = aloud.answer(None, TOKENIZER, [messages, messages], begun_by, aloud.Config())
     assert seen[0].endswith("<|im_start|>assistant\nSo it is")
     assert seen[1].endswith("<|im_start|>assistant\n")
     assert [one.text for one in answers] == ["So it is 28.", "28."]
