@@ -978,11 +978,11 @@ def test_kto_worked_example_of_the_docstring():
 @pytest.mark.parametrize("count", [2, 3, 8])
 def test_kto_never_puts_an_answer_under_its_own_prompt(count):
     judgements = []
-    for i in range(count):
+    for i in range(count):              # the next answer stands under the same prompt
         judgements.append(judged(f"Ask {i}", f"good {i}"))
-    for i in range(count):
         judgements.append(judged(f"Ask {i}", f"bad {i}", False))
     thumbs = kto.to_thumbs(judgements, TOKENIZER, 96)
+    assert len(thumbs) == len(judgements)
     for judgement, thumb in zip(judgements, thumbs):
         prompt = judgement.prompt
         number = prompt[0]["content"][-1]
@@ -990,6 +990,13 @@ def test_kto_never_puts_an_answer_under_its_own_prompt(count):
         assert number not in answer_text(thumb.mismatched)
         assert answer_text(thumb.judged) == judgement.answer + M.END
         assert thumb.good == judgement.good
+
+
+def test_kto_looks_at_all_other_judgements():
+    judgements = [judged("One", "a"), judged("Two", "b"), judged("Two", "c")]
+    thumbs = kto.to_thumbs(judgements, TOKENIZER, 96)
+    before_last = thumbs[1].mismatched
+    assert answer_text(before_last) == "a" + M.END
 
 
 def test_kto_passes_over_an_answer_that_does_not_fit():

@@ -257,7 +257,8 @@ def test_the_ways_of_safe_are_as_far_as_they_went_from_the_start(files, safe_run
     for name in "before", "free", "one_score", "limit":
         card = safe_run["cards"][name]
         assert card["kl"] == start
-        assert card.get("against", start) == start
+        if name != "before":
+            assert card["against"] == start
 
 
 @slow
@@ -756,7 +757,8 @@ def test_online_is_far_from_where_it_began(files, online_run):
     cards = online_run()["cards"]
     for name, card in cards.items():
         assert card["kl"] == start, name
-        assert card.get("against", start) == start, name
+        if name not in ("before", "offline"):       # the card of offline is one of this file
+            assert card["against"] == start, name
 
 
 @slow
@@ -1340,16 +1342,19 @@ def test_what_is_forgotten_is_far_from_the_aligned_model(files, forgot):
     cards = forgot().results["cards"]
     for name, card in cards.items():
         assert card["kl"] == start, name
-        assert card.get("against", start) == start, name
+        if name != "before":
+            assert card["against"] == start, name
 
 
 @slow
 def test_every_run_of_forgetting_has_its_settings(files, forgot):
     seen = forgot(steps=7, lr=0.02, seed=3)
+    assert seen.told
     for config, changes in seen.told:
         assert config.init == str(files / "short")
         assert config.steps == 7
         assert config.lr == 0.02
+        assert config.seed == 3
         assert changes == {"save": False}
 
 
