@@ -25,10 +25,10 @@ import reward_model as R
 import sft
 from data import checkpoints as C
 from data import exam, rows, studybuddy
-from data import studybuddy as world
 from data.checkpoints import load, load_ranks, load_scalar, save
-from lessons import (bad_input, best_of, bugs, constitution, distill, dynamic, figures, goodhart, judge_bias, kto,
-                     mutants, online, process_reward, search, speed, talking_judge)
+from lessons import (bad_input, best_of, bugs, constitution, distill, dynamic, figures, goodhart,
+                     judge_bias, kto, mutants, online, process_reward, search, speed,
+                     talking_judge)
 from test_all import END, TOKENIZER, close, ends_soon, gradients, same, weights
 from test_all import tiny_model as tiny_policy
 
@@ -41,7 +41,9 @@ tiny_tokenizer = load_ranks()
 def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)
     sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
-    return M.Transformer(M.ModelConfig(tiny_tokenizer.n_vocab, **sizes | changes))
+    sizes |= changes
+    config = M.ModelConfig(tiny_tokenizer.n_vocab, **sizes)
+    return M.Transformer(config)
 
 
 def write_lines(path, rows):
@@ -53,7 +55,9 @@ def write_lines(path, rows):
 # ---------------------------------------------------------------- best_of
 
 def test_the_best_is_the_one_with_the_highest_score():
-    scores = torch.tensor([[0.1, 0.9, 0.3], [0.8, 0.2, 0.7]])
+    first = [0.1, 0.9, 0.3]
+    second = [0.8, 0.2, 0.7]
+    scores = torch.tensor([first, second])                      # (2, 3)
     assert best_of.pick_best(scores).tolist() == [1, 0]
 
 
@@ -70,21 +74,30 @@ def test_the_kl_bound_is_the_docstrings_example():
 
 @pytest.mark.parametrize("n", [1, 2, 8])
 def test_the_best_of_n_is_no_farther_than_its_bound(n):
-    """Of 1,000 equally likely answers: the best of n is the r-th if all are at most, and one is, the r-th."""
-    r = np.arange(1, 1001) / 1000
-    best = r**n - (r - 0.001)**n
+    """Of 1,000 equally likely answers: the best of n is the r-th if all are at most the r-th, and
+    one of them is."""
+    r = np.arange(1, 1001) / 1000                               # (1000,)
+    all_are_at_most_r = r**n
+    all_are_below_r = (r - 0.001)**n
+    best = all_are_at_most_r - all_are_below_r
     kl = np.sum(best * np.log(best / 0.001))
-    assert kl <= best_of.kl_bound(n) + 1e-9
-    assert kl == pytest.approx(best_of.kl_bound(n), abs=0.02)
+    bound = best_of.kl_bound(n)
+    assert kl <= bound + 1e-9
+    assert kl == pytest.approx(bound, abs=0.02)
 
 
 # what a fake model answers: its prompts end in one of these letters
-ANSWERS = {"P": ["a", "abcd", "abc"], "Q": ["xy", "xyz", ""], "R": ["k", "klm", "kl"]}
-ENDED = {"P": [1, 0, 1], "Q": [1, 1, 1], "R": [0, 0, 0]}
+ANSWERS = {"P": ["a", "abcd", "abc"],
+           "Q": ["xy", "xyz", ""],
+           "R": ["k", "klm", "kl"]}
+ENDED = {"P": [1, 0, 1],
+         "Q": [1, 1, 1],
+         "R": [0, 0, 0]}
 
 
 def fake_sample(model, tokenizer, prompts, n, max_new, generator):
-    texts, ended = [], []
+    texts = []
+    ended = []
     for ids in prompts:
         letter = tokenizer.decode(ids).split("user\n")[1][0]
         texts += ANSWERS[letter]
@@ -108,7 +121,7 @@ def length_of(prompts, texts):
 
 @pytest.fixture
 def chosen(tmp_path, monkeypatch):
-    """Where best_of has written what it kept. A fake model answered, and the longest is the best."""
+    """Where best_of has written what it kept. A fake model answered, and the longest is best."""
     save(tmp_path / "init", tiny_model(), tiny_tokenizer)
     data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": letter} for letter in "PQR"])
     monkeypatch.setattr(best_of, "sample", fake_sample)
@@ -123,30 +136,39 @@ def test_the_best_answers_are_kept_if_they_end(chosen):
 
 
 def test_random_answers_are_kept_if_they_end_and_say_something(chosen):
-    assert kept(chosen / "random.jsonl") <= {("P", "a"), ("P", "abc"), ("Q", "xy"), ("Q", "xyz")}
+    may_be_kept = {("P", "a"), ("P", "abc"), ("Q", "xy"), ("Q", "xyz")}
+    assert kept(chosen / "random.jsonl") <= may_be_kept
 
 
 def test_the_reward_is_read_at_the_end_token():
     torch.manual_seed(0)
     judge = M.ScalarModel(tiny_model())
+    end = M.special(tiny_tokenizer, M.END)
     prompts = []
     for text in ("Hi", "What is 2 + 3?"):
-        prompts.append(SimpleNamespace(messages=[{"role": "user", "content": text}]))
+        prompts.append(SimpleNamespace(messages=ask(text)))
     texts = ["Hello you.", "So it is 5. Well done!"]
-    rewards = best_of.reward(judge, tiny_tokenizer, prompts, texts)
-    for prompt, text, reward in zip(prompts, texts, rewards):       # alone, without padding
-        ids = M.render_prompt(tiny_tokenizer, prompt.messages) + tiny_tokenizer.encode_ordinary(text)
-        ids = torch.tensor([ids + [M.special(tiny_tokenizer, M.END)]])
-        assert judge(ids)[0, -1].item() == pytest.approx(reward.item(), abs=1e-5)
+    rewards = best_of.reward(judge, tiny_tokenizer, prompts, texts)         # (2,)
+    for prompt, text, reward in zip(prompts, texts, rewards):
+        ids = M.render_prompt(tiny_tokenizer, prompt.messages)
+        ids += tiny_tokenizer.encode_ordinary(text)
+        row = torch.tensor([ids + [end]])                       # (1, T) alone, without padding
+        alone = judge(row)[0, -1]
+        assert alone.item() == pytest.approx(reward.item(), abs=1e-5)
 
 
 def test_choosing_among_more_is_better_and_the_control_is_not():
-    scores = torch.rand(2000, 8, generator=torch.Generator().manual_seed(0))
+    numbers = torch.Generator().manual_seed(0)
+    scores = torch.rand(2000, 8, generator=numbers)
+    lots = torch.Generator().manual_seed(0)
     config = best_of.Config(quiet=True, n=8)
-    curve = best_of.what_choosing_buys(scores, scores, torch.Generator().manual_seed(0), config)
-    assert [line["n"] for line in curve] == [1, 2, 4, 8]
-    for line in curve:                                              # the mean of the largest of n
-        assert line["gold"] == pytest.approx(line["n"] / (line["n"] + 1), abs=0.02)
+    curve = best_of.what_choosing_buys(scores, scores, lots, config)
+    sizes = [line["n"] for line in curve]
+    assert sizes == [1, 2, 4, 8]
+    for line in curve:
+        n = line["n"]
+        largest = n / (n + 1)                                   # of n numbers, on average
+        assert line["gold"] == pytest.approx(largest, abs=0.02)
         assert line["random"] == pytest.approx(0.5, abs=0.03)
 
 
@@ -155,18 +177,23 @@ def test_choosing_among_more_is_better_and_the_control_is_not():
 def test_distill_loss_is_the_docstrings_example():
     teacher = torch.tensor([[0.8, 0.2]]).log()
     student = torch.tensor([[0.5, 0.5]]).log()
-    assert distill.distill_loss(student, teacher, 1).item() == pytest.approx(0.193, abs=0.0005)
+    loss = distill.distill_loss(student, teacher, 1)
+    assert loss.item() == pytest.approx(0.193, abs=0.0005)
 
 
 def test_distill_loss_is_the_kl_from_teacher_to_student():
     rng = np.random.default_rng(1)
-    student, teacher = rng.normal(size=(2, 4, 6))
+    student, teacher = rng.normal(size=(2, 4, 6))               # (4, 6), (4, 6)
     total = 0.0
     for s, t in zip(student, teacher):
-        p = np.exp(t) / np.exp(t).sum()
-        q = np.exp(s) / np.exp(s).sum()
+        exp_s = np.exp(s)                                       # (6,)
+        exp_t = np.exp(t)
+        p = exp_t / exp_t.sum()
+        q = exp_s / exp_s.sum()
         total += sum(p * np.log(p / q))
-    loss = distill.distill_loss(torch.tensor(student), torch.tensor(teacher), 4)
+    student = torch.tensor(student)
+    teacher = torch.tensor(teacher)
+    loss = distill.distill_loss(student, teacher, 4)
     assert loss.item() == pytest.approx(total / 4, abs=1e-9)
 
 
@@ -184,7 +211,10 @@ def test_samples_and_distribution_have_the_same_mean_gradient():
     assert torch.allclose(student.grad, mean, atol=1e-6)
 
 
-CHATS = [{"prompt": f"What about {i}?", "completion": "YES! " * (1 + i % 5)} for i in range(24)]
+CHATS = []
+for i in range(24):
+    text = "YES! " * (1 + i % 5)
+    CHATS.append({"prompt": f"What about {i}?", "completion": text})
 
 
 def test_a_student_comes_closer_to_its_teacher(tmp_path):
@@ -196,26 +226,33 @@ def test_a_student_comes_closer_to_its_teacher(tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     config = distill.Config(steps=30, batch=8, lr=1e-2, quiet=True)
     log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
-    assert log.rows[-1]["loss"] < 0.5 * log.rows[0]["loss"]
-    for name, weights in teacher.state_dict().items():
-        assert torch.equal(weights, before[name]), "the teacher does not move"
+    losses = [row["loss"] for row in log.rows]
+    assert losses[-1] < 0.5 * losses[0]
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, before[name]), "the teacher does not move"
 
 
 def test_its_own_teacher_teaches_nothing(tmp_path):
     path = write_lines(tmp_path / "teacher.jsonl", CHATS)
+    student = tiny_model()
+    teacher = tiny_model()
     config = distill.Config(steps=1, batch=8, quiet=True)
-    log = distill.learn_distribution(tiny_model(), tiny_model(), path, tiny_tokenizer, config)
-    assert log.rows[0]["loss"] == pytest.approx(0, abs=1e-6)
+    log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
+    first = log.rows[0]
+    assert first["loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_parts_of_a_batch_add_up_to_its_loss(tmp_path):
     path = write_lines(tmp_path / "teacher.jsonl", CHATS)
     losses = []
     for accumulate in (1, 3):
+        student = tiny_model(1)
+        teacher = tiny_model()
         config = distill.Config(steps=1, batch=8, accumulate=accumulate, quiet=True)
-        log = distill.learn_distribution(tiny_model(1), tiny_model(), path, tiny_tokenizer, config)
+        log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
         losses.append(log.rows[0]["loss"])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    whole, in_parts = losses
+    assert whole == pytest.approx(in_parts, rel=1e-4)
 
 
 def test_a_teacher_of_another_vocabulary_is_an_error(tmp_path, monkeypatch):
@@ -225,7 +262,9 @@ def test_a_teacher_of_another_vocabulary_is_an_error(tmp_path, monkeypatch):
 
     def load_other(folder, device):
         model, tokenizer = load(tmp_path / "m", device)
-        return model, tokenizer if folder == "student" else other
+        if folder == "teacher":
+            tokenizer = other
+        return model, tokenizer
 
     monkeypatch.setattr(distill, "load", load_other)
     config = distill.Config(init="student", teacher="teacher", save=False, quiet=True)
@@ -233,39 +272,32 @@ def test_a_teacher_of_another_vocabulary_is_an_error(tmp_path, monkeypatch):
         distill.train(config)
 
 
-tiny_tokenizer_reward = load_ranks()
-
-
 def tiny_model_reward(seed=0):
     """Untrained, with weights larger than at birth, so that mistakes show."""
     torch.manual_seed(seed)
-    config = M.ModelConfig(vocab_size=tiny_tokenizer_reward.n_vocab, d_model=32, n_layers=2, d_ff=64)
+    config = M.ModelConfig(vocab_size=tiny_tokenizer.n_vocab, d_model=32, n_layers=2, d_ff=64)
     network = M.Transformer(config)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3 if p.dim() == 2 else 0.5)
     return network
 
 
-def write(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
-
-
 def lines_of(name, count):
-    return [line.row for line in rows.read_lines(f"data/{name}.jsonl")[:count]]
+    lines = rows.read_lines(f"data/{name}.jsonl")
+    return [line.row for line in lines[:count]]
 
 
 def comparison(prompt, answers, row={}):
     """A Comparison of texts, the best one first."""
     messages = rows.to_messages(prompt)
-    examples = [M.render_answer(tiny_tokenizer_reward, messages, text) for text in answers]
+    examples = [M.render_answer(tiny_tokenizer, messages, text) for text in answers]
     return R.Comparison(messages, answers, examples, row, "file:1")
 
 
 @pytest.fixture(scope="module")
 def init(tmp_path_factory):
     path = tmp_path_factory.mktemp("lessons") / "init"
-    save(path, tiny_model_reward(), tiny_tokenizer_reward)
+    save(path, tiny_model_reward(), tiny_tokenizer)
     return str(path)
 
 
@@ -280,40 +312,55 @@ def texts_at(example):
     texts = []
     for t, read in enumerate(example.answer):
         if read:
-            texts.append(tiny_tokenizer_reward.decode(example.ids[:t + 1]).split("assistant\n")[-1])
+            so_far = tiny_tokenizer.decode(example.ids[:t + 1])
+            texts.append(so_far.split("assistant\n")[-1])
     return texts
 
 
 def test_a_process_judge_is_read_at_the_last_token_of_every_step():
-    example = process_reward.encode(tiny_tokenizer_reward, ASKED, STEPS, "process")
-    assert texts_at(example) == [STEPS[0], " ".join(STEPS[:2]), " ".join(STEPS)]
+    example = process_reward.encode(tiny_tokenizer, ASKED, STEPS, "process")
+    one = STEPS[0]
+    two = " ".join(STEPS[:2])
+    three = " ".join(STEPS)
+    assert texts_at(example) == [one, two, three]
 
 
 def test_an_outcome_judge_is_read_at_the_end_token():
-    example = process_reward.encode(tiny_tokenizer_reward, ASKED, STEPS, "outcome")
+    example = process_reward.encode(tiny_tokenizer, ASKED, STEPS, "outcome")
     assert texts_at(example) == [" ".join(STEPS) + "<|im_end|>"]
 
 
 def test_every_place_has_its_label():
-    for name, count in ("process", None), ("outcome", 1):
-        both = process_reward.read_solutions(process_reward.Config(), tiny_tokenizer_reward, 256, name)
-        for solution in both[0] + both[1]:
-            assert sum(solution.example.answer) == len(solution.labels)
-            assert count in (None, len(solution.labels))
-    assert not {str(s.prompt) for s in both[0]} & {str(s.prompt) for s in both[1]}
+    config = process_reward.Config()
+    for judge in ("process", "outcome"):
+        some, held = process_reward.read_solutions(config, tiny_tokenizer, 256, judge)
+        for solution in some + held:
+            places = sum(solution.example.answer)
+            assert places == len(solution.labels)
+            if judge == "outcome":
+                assert len(solution.labels) == 1
+        learned = {str(solution.prompt) for solution in some}
+        held_out = {str(solution.prompt) for solution in held}
+        assert not learned & held_out
 
 
 def test_scores_stand_in_the_order_of_labels():
     scalar = M.ScalarModel(tiny_model_reward())
-    examples = [process_reward.encode(tiny_tokenizer_reward, ASKED, STEPS[:n], "process") for n in (1, 3, 2)]
-    r = process_reward.scores(scalar, examples, tiny_tokenizer_reward)
+    examples = []
+    for count in (1, 3, 2):
+        steps = STEPS[:count]
+        examples.append(process_reward.encode(tiny_tokenizer, ASKED, steps, "process"))
     want = []
     for example in examples:
-        alone = scalar(torch.tensor([example.ids]))[0]
-        want += alone[torch.tensor(example.answer) == 1].tolist()
+        row = torch.tensor([example.ids])                       # (1, T)
+        is_read = torch.tensor(example.answer) == 1             # (T,)
+        alone = scalar(row)[0]                                  # (T,)
+        want += alone[is_read].tolist()
+    r = process_reward.scores(scalar, examples, tiny_tokenizer)             # (6,)
     assert r.tolist() == pytest.approx(want, abs=1e-4)
-    lists = process_reward.score_lists(scalar, examples, tiny_tokenizer_reward)
-    assert [len(one) for one in lists] == [1, 3, 2]
+    lists = process_reward.score_lists(scalar, examples, tiny_tokenizer)
+    counts = [len(one) for one in lists]
+    assert counts == [1, 3, 2]
     assert torch.cat(lists).tolist() == pytest.approx(want, abs=1e-4)
 
 
@@ -325,13 +372,21 @@ def test_the_first_wrong_step():
 
 def test_report_card_of_steps(monkeypatch):
     """One wrong solution found, one found too late, one right left alone, one not."""
-    labels = [[1, 0, 0], [1, 0, 0], [1, 1], [1, 1]]
-    says = [[2.0, -1.0, 1.0], [2.0, 1.0, -1.0], [1.0, 1.0], [1.0, -1.0]]
-    held = [process_reward.Solution([], [], M.Example([], []), one) for one in labels]
-    lists = [torch.tensor(one) for one in says]
+    wrong = [1, 0, 0]
+    right = [1, 1]
+    held = []
+    for labels in (wrong, wrong, right, right):
+        example = M.Example([], [])
+        held.append(process_reward.Solution([], [], example, labels))
+    found = torch.tensor([2.0, -1.0, 1.0])
+    found_too_late = torch.tensor([2.0, 1.0, -1.0])
+    left_alone = torch.tensor([1.0, 1.0])
+    accused = torch.tensor([1.0, -1.0])
+    lists = [found, found_too_late, left_alone, accused]
     monkeypatch.setattr(process_reward, "score_lists", lambda *args: lists)
     card = process_reward.evaluate(None, held, None)
-    assert (card["first_wrong"], card["all_right"]) == (0.5, 0.5)
+    assert card["first_wrong"] == 0.5
+    assert card["all_right"] == 0.5
     assert card["accuracy"] == pytest.approx(7 / 10)
 
 
@@ -354,14 +409,17 @@ def test_each_step_is_asked_about_with_those_before_it(monkeypatch):
 
 def test_the_base_finds_a_slip_in_words():
     critic, tokenizer = load("data/base")
-    solved = [(ask("How much is 7 x 14?"), ["First 7 x 10 = 70.", f"Then 7 x 4 = {result}.",
-                                            "The answer is 98."]) for result in (28, 21)]
+    solved = []
+    for result in (28, 21):
+        steps = ["First 7 x 10 = 70.", f"Then 7 x 4 = {result}.", "The answer is 98."]
+        solved.append((ask("How much is 7 x 14?"), steps))
     marks = process_reward.marks_in_words(critic, tokenizer, solved)
     assert marks == [[1, 1, 1], [1, 0, 1]]
 
 
 def test_a_solution_is_as_strong_as_its_weakest_step():
-    assert process_reward.strength(torch.tensor([2.0, -1.0, 2.0])) == -1
+    r = torch.tensor([2.0, -1.0, 2.0])
+    assert process_reward.strength(r) == -1
 
 
 def test_majority_is_the_first_with_the_commonest_result():
@@ -369,46 +427,55 @@ def test_majority_is_the_first_with_the_commonest_result():
 
 
 def test_best_of_picks(monkeypatch):
-    """Of eight solutions to six sums one or five are right: only with five is the majority. `outcome`
-    knows the right ones; `process` sees a weak step in the wrong ones, between strong ones."""
+    """Of eight solutions to six sums one or five are right: only with five is the majority.
+    `outcome` knows the right ones; `process` sees a weak step in the wrong ones, between strong
+    ones."""
     rng = Random(0)
     sums = [studybuddy.ask(rng, "math", "exam") for _ in range(6)]
-    wrong = ["2 + 2 = 4. So it is 1."] * 4 + ["So it is 2.", "So it is 3.", "x"]
+    commonest = "2 + 2 = 4. So it is 1."
     texts = []
+    right_ends = []                     # of each of the 48: how a right solution ends
     for i, row in enumerate(sums):
-        worked = " ".join(studybuddy.worked(rng, row)[0])[6:]
+        sentences, _, _ = studybuddy.worked(rng, row)
+        worked = " ".join(sentences).removeprefix("First ")     # it is given to all
         right = f"{worked} The answer is {row['answer']}."
+        right_ends += 8 * [f" {row['answer']}."]
         if i < 4:
-            texts += wrong[:4] + [right] + wrong[4:]
+            texts += 4 * [commonest] + [right, "So it is 2.", "So it is 3.", "x"]
         else:
-            texts += wrong[:2] + [right] * 5 + wrong[5:6]
-    monkeypatch.setattr(process_reward, "sample", lambda *a, **k: SimpleNamespace(texts=texts))
+            texts += 2 * [commonest] + 5 * [right] + ["So it is 3."]
+    samples = SimpleNamespace(texts=texts)
 
-    def fake(name, examples, tokenizer):
-        says = []
-        for i, example in enumerate(examples):
+    def says(name, examples, tokenizer):
+        lists = []
+        for example, right_end in zip(examples, right_ends):
             count = sum(example.answer)
-            if f" {sums[i // 8]['answer']}.<" in tiny_tokenizer_reward.decode(example.ids):
-                says.append(torch.full((count,), 0.5))
+            text = tiny_tokenizer.decode(example.ids)
+            if f"{right_end}<" in text:
+                lists.append(torch.full((count,), 0.5))
             elif name == "process":
-                says.append(torch.tensor([2.0, -1.0, 2.0]))
+                lists.append(torch.tensor([2.0, -1.0, 2.0]))
             else:
-                says.append(torch.zeros(1))
-        return says
+                lists.append(torch.zeros(1))
+        return lists
 
     def in_words(critic, tokenizer, solved):
         """Finds a slip in the right ones alone: the first of the wrong ones is its choice."""
-        right = [" ".join(words).endswith(f" {sums[i // 8]['answer']}.")
-                 for i, (prompt, words) in enumerate(solved)]
-        return [[1.0, float(not is_right)] for is_right in right]
+        marks = []
+        for (prompt, sentences), right_end in zip(solved, right_ends):
+            is_right = " ".join(sentences).endswith(right_end)
+            marks.append([1.0, float(not is_right)])
+        return marks
 
-    monkeypatch.setattr(process_reward, "score_lists", fake)
+    monkeypatch.setattr(process_reward, "sample", lambda *args, **settings: samples)
+    monkeypatch.setattr(process_reward, "score_lists", says)
     monkeypatch.setattr(process_reward, "marks_in_words", in_words)
     config = process_reward.Config(problems=6)
     judges = {"outcome": "outcome", "process": "process"}
-    attempts = process_reward.attempts_at_sums(tiny_model_reward(), tiny_tokenizer_reward, config)
-    card = process_reward.best_of(attempts, judges, None, tiny_tokenizer_reward)
-    assert card == {"random": pytest.approx((4 + 2 * 5) / 48), "any": 1.0,
+    attempts = process_reward.attempts_at_sums(tiny_model_reward(), tiny_tokenizer, config)
+    card = process_reward.best_of(attempts, judges, None, tiny_tokenizer)
+    share_right = (4 + 2 * 5) / 48
+    assert card == {"random": pytest.approx(share_right), "any": 1.0,
                     "by_majority": pytest.approx(2 / 6), "by_outcome": 1.0,
                     "by_process": 1.0, "by_words": 0.0}
 
@@ -423,23 +490,26 @@ def test_the_loss_of_steps_is_their_mean_in_however_many_parts(init, tmp_path, m
         return clip(scalar)
 
     monkeypatch.setattr(process_reward, "clip_gradients", look)
-    data = write(tmp_path / "steps.jsonl", lines_of("steps", 30))
+    data = write_lines(tmp_path / "steps.jsonl", lines_of("steps", 30))
     for accumulate in (1, 3):
-        config = process_reward.Config(init=init, data=data, steps=1, batch=8, accumulate=accumulate,
-                                       quiet=True)
+        config = process_reward.Config(init=init, data=data, steps=1, batch=8,
+                                       accumulate=accumulate, quiet=True)
         process_reward.train_judge(config, "process")
-    for a, b in zip(*gradients):
+    whole, in_parts = gradients
+    for a, b in zip(whole, in_parts):
         assert torch.allclose(a, b, atol=1e-5)
-    assert max(g.abs().max() for g in gradients[0]) > 1e-4
+    assert max(g.abs().max() for g in whole) > 1e-4
 
 
 def test_process_reward_runs(init, tmp_path):
-    data = write(tmp_path / "steps.jsonl", lines_of("steps", 30))
-    config = process_reward.Config(init=init, data=data, out=str(tmp_path / "out"), quick=True,
+    data = write_lines(tmp_path / "steps.jsonl", lines_of("steps", 30))
+    config = process_reward.Config(init=init, data=data, out=f"{tmp_path}/out", quick=True,
                                    batch=4, quiet=True)
     results = process_reward.train(config)
-    assert {"first_wrong", "by_process", "by_outcome"} <= set(results["after"])
-    assert len(results["log"]) == 3 and load_scalar(config.out)
+    names = {"first_wrong", "by_process", "by_outcome"}
+    assert names <= set(results["after"])
+    assert len(results["log"]) == 3
+    assert load_scalar(config.out)
 
 
 # ---- talking_judge.py
@@ -448,151 +518,212 @@ def test_both_orders_cancel_a_liking_for_a_letter():
     """Logits from how much better the chosen one is, and a liking for A whatever it is."""
     strength = [1.5, -0.4]
     liking = 0.8
-    logits = torch.tensor([[[s + liking, 0], [liking, s]] for s in strength])  # (B, order, letter)
-    margin, bias = talking_judge.generative_margin(logits.log_softmax(-1))
-    assert margin.tolist() == pytest.approx(strength) and bias.tolist() == pytest.approx([liking] * 2)
-    swapped, same = talking_judge.generative_margin(logits.log_softmax(-1).flip(1))
-    assert swapped.tolist() == pytest.approx([-1.5, 0.4]) and same.tolist() == bias.tolist()
+    logits = []
+    for s in strength:
+        chosen_is_a = [s + liking, 0]                           # of A, of B
+        chosen_is_b = [liking, s]
+        logits.append([chosen_is_a, chosen_is_b])
+    logps = torch.tensor(logits).log_softmax(-1)                # (B, order, letter)
+    margin, bias = talking_judge.generative_margin(logps)
+    assert margin.tolist() == pytest.approx(strength)
+    assert bias.tolist() == pytest.approx([liking, liking])
+    other_orders = logps.flip(1)
+    other_margin, other_bias = talking_judge.generative_margin(other_orders)
+    assert other_margin.tolist() == pytest.approx([-1.5, 0.4])
+    assert other_bias.tolist() == bias.tolist()
 
 
 def test_generative_loss_is_that_of_the_right_letters():
-    p = torch.tensor([[[0.7, 0.2], [0.4, 0.5]]])                # chosen is A, chosen is B
+    chosen_is_a = [0.7, 0.2]
+    chosen_is_b = [0.4, 0.5]
+    p = torch.tensor([[chosen_is_a, chosen_is_b]])              # (1, 2, 2)
     want = -(math.log(0.7) + math.log(0.5)) / 2
-    assert talking_judge.generative_loss(p.log()).tolist() == pytest.approx([want])
+    loss = talking_judge.generative_loss(p.log())
+    assert loss.tolist() == pytest.approx([want])
 
 
 def test_verdicts_are_the_next_tokens_log_probs_in_both_orders():
     network = tiny_model_reward()
-    pairs = [comparison("Hi", ["Good.", "Bad."]), comparison("What is 2 + 3?", ["It is 5, I think.", "6"])]
-    pairs = talking_judge.in_both_orders(pairs, tiny_tokenizer_reward)
-    logps = talking_judge.letter_logps(network, pairs, tiny_tokenizer_reward)
-    assert logps.shape == (2, 2, 2)
-    for pair, orders in zip(pairs, logps):
+    A, = tiny_tokenizer.encode_ordinary("A")
+    B, = tiny_tokenizer.encode_ordinary("B")
+    short = comparison("Hi", ["Good.", "Bad."])
+    long = comparison("What is 2 + 3?", ["It is 5, I think.", "6"])
+    pairs = talking_judge.in_both_orders([short, long], tiny_tokenizer)
+    logps = talking_judge.letter_logps(network, pairs, tiny_tokenizer)
+    assert logps.shape == (2, 2, 2)                             # pair, order, letter
+    for pair, of_pair in zip(pairs, logps):
         good, bad = pair.answers
-        for (a, b), letters in zip([(good, bad), (bad, good)], orders):
-            question = talking_judge.question(tiny_tokenizer_reward, pair.prompt, a, b)
-            text = tiny_tokenizer_reward.decode(question.ids)
-            assert f"A: {a}\nB: {b}\n" in text and text.endswith("<|im_start|>assistant\n")
-            after = network(torch.tensor([question.ids]))[0, -1].log_softmax(-1)
-            ids = tiny_tokenizer_reward.encode_ordinary("A") + tiny_tokenizer_reward.encode_ordinary("B")
-            assert letters.tolist() == pytest.approx(after[ids].tolist(), abs=1e-4)
+        orders = [(good, bad), (bad, good)]
+        for (a, b), letters in zip(orders, of_pair):
+            question = talking_judge.question(tiny_tokenizer, pair.prompt, a, b)
+            text = tiny_tokenizer.decode(question.ids)
+            assert f"A: {a}\nB: {b}\n" in text
+            assert text.endswith("<|im_start|>assistant\n")
+            row = torch.tensor([question.ids])                  # (1, T)
+            after = network(row)[0, -1].log_softmax(-1)         # (V,)
+            want = after[[A, B]]
+            assert letters.tolist() == pytest.approx(want.tolist(), abs=1e-4)
 
 
 def test_a_question_too_long_is_left_out_and_many_are_an_error(tmp_path, capsys):
     """Each answer fits, both do not."""
-    lines = [{"prompt": f"Is {i} odd?", "chosen": "Yes.", "rejected": "No."} for i in range(24)]
-    lines[5] |= {"chosen": "yes " * 110, "rejected": "no " * 110}
-    config = talking_judge.Config(data=write(tmp_path / "long.jsonl", lines))
-    train, held = talking_judge.read_questions(config, tiny_tokenizer_reward, 256)
-    assert len(train) + len(held) == 23 and "1 pairs are left out" in capsys.readouterr().out
-    write(tmp_path / "long.jsonl", lines + 4 * [lines[5]])
+    lines = []
+    for i in range(24):
+        lines.append({"prompt": f"Is {i} odd?", "chosen": "Yes.", "rejected": "No."})
+    too_long = {"prompt": "Is 5 odd?", "chosen": "yes " * 110, "rejected": "no " * 110}
+    lines[5] = too_long
+    data = write_lines(tmp_path / "long.jsonl", lines)
+    config = talking_judge.Config(data=data)
+    train, held = talking_judge.read_questions(config, tiny_tokenizer, 256)
+    assert len(train) + len(held) == 23
+    assert "1 pairs are left out" in capsys.readouterr().out
+    write_lines(tmp_path / "long.jsonl", lines + 4 * [too_long])
     with pytest.raises(M.UserError, match="5 of 28 questions"):
-        talking_judge.read_questions(config, tiny_tokenizer_reward, 256)
+        talking_judge.read_questions(config, tiny_tokenizer, 256)
 
 
 def test_a_talking_judge_learns_a_few_pairs(init, tmp_path):
     lines = []
     for i in range(24):
-        lines.append({"prompt": f"Is {i} a number?", "chosen": "Yes, it is.", "rejected": "Go away."})
-    config = talking_judge.Config(init=init, data=write(tmp_path / "own.jsonl", lines), steps=15, lr=3e-3,
-                                  batch=8, out=str(tmp_path / "out"), quiet=True)
+        prompt = f"Is {i} a number?"
+        lines.append({"prompt": prompt, "chosen": "Yes, it is.", "rejected": "Go away."})
+    data = write_lines(tmp_path / "own.jsonl", lines)
+    config = talking_judge.Config(init=init, data=data, steps=15, lr=3e-3, batch=8,
+                                  out=f"{tmp_path}/out", quiet=True)
     results = talking_judge.train(config)
-    assert results["after"]["accuracy"] == 1 and results["passed"]
-    assert load(config.out)[0].config.d_model == 32
+    assert results["after"]["accuracy"] == 1
+    assert results["passed"]
+    saved, _ = load(config.out)
+    assert saved.config.d_model == 32
 
 
 # ---- judge_bias.py
 
 def test_gradient_x_input_is_the_derivative_along_each_embedding():
     scalar = M.ScalarModel(tiny_model_reward())
+    embed = scalar.transformer.embed
     ids = torch.tensor([5, 70, 300, 9, 41])
     eps = 1e-2
-    got = judge_bias.gradient_x_input(scalar, ids)
+
+    def score_with_longer(t, part):
+        """The score if the embedding of token t is longer by a part of itself."""
+        scale = torch.ones(5, 1)
+        scale[t] += part
+        hook = embed.register_forward_hook(lambda module, args, output: output * scale)
+        r = scalar(ids[None])[0, -1]
+        hook.remove()
+        return r.item()
+
+    got = judge_bias.gradient_x_input(scalar, ids)              # (5,)
     for t in range(5):
-        r = []
-        for sign in (1, -1):
-            scale = torch.ones(5, 1)
-            scale[t] += sign * eps
-            embed = scalar.transformer.embed
-            hook = embed.register_forward_hook(lambda module, args, output: output * scale)
-            r.append(scalar(ids[None])[0, -1].item())
-            hook.remove()
-        assert got[t].item() == pytest.approx((r[0] - r[1]) / (2 * eps), rel=2e-2, abs=2e-3)
+        up = score_with_longer(t, eps)
+        down = score_with_longer(t, -eps)
+        slope = (up - down) / (2 * eps)
+        assert got[t].item() == pytest.approx(slope, rel=2e-2, abs=2e-3)
 
 
 def test_credit_of_three_heads_is_that_of_their_combination():
     scalar = M.ScalarModel(tiny_model_reward(), 3)
     one = M.ScalarModel(scalar.transformer, 1)
+    weight = scalar.score.weight                                # (3, C)
     with torch.no_grad():
-        scalar.score.weight[1:] = 0                             # so two heads say log sigma(0)
-        one.score.weight.copy_(scalar.score.weight[:1])
+        weight[1:] = 0                                          # so two heads say log sigma(0)
+        one.score.weight.copy_(weight[:1])
     ids = torch.tensor([5, 70, 300])
     r = one(ids[None])[0, -1]
     slope = torch.sigmoid(-r)                                   # of log sigma
-    want = slope * judge_bias.gradient_x_input(one, ids)
-    assert torch.allclose(judge_bias.gradient_x_input(scalar, ids), want, atol=1e-4)
+    credit_of_one = judge_bias.gradient_x_input(one, ids)       # (3,)
+    credit_of_three = judge_bias.gradient_x_input(scalar, ids)
+    assert torch.allclose(credit_of_three, slope * credit_of_one, atol=1e-4)
 
 
 def test_probes_hold_a_change_against_what_was():
-    some = [comparison(f"What is {i}?", [f"It is {i}.", "No."]) for i in range(3)]
-    for name, change in judge_bias.PROBES.items():
-        for one, probe in zip(some, change(some, tiny_tokenizer_reward)):
-            assert probe.prompt == one.prompt and probe.answers[1] == one.answers[0]
-            ended = tiny_tokenizer_reward.decode(probe.examples[0].ids)
-            assert ended.endswith(f"{probe.answers[0]}<|im_end|>")
-    assert judge_bias.swapped(some, tiny_tokenizer_reward)[0].answers[0] == "It is 2."
-    assert judge_bias.padded(some, tiny_tokenizer_reward)[0].answers[0].startswith("It is 0. I hope")
+    some = []
+    for i in range(3):
+        some.append(comparison(f"What is {i}?", [f"It is {i}.", "No."]))
+    for change in judge_bias.PROBES.values():
+        probes = change(some, tiny_tokenizer)
+        for one, probe in zip(some, probes):
+            changed, unchanged = probe.answers
+            assert probe.prompt == one.prompt
+            assert unchanged == one.answers[0]
+            text = tiny_tokenizer.decode(probe.examples[0].ids)
+            assert text.endswith(f"{changed}<|im_end|>")
+    swapped = judge_bias.swapped(some, tiny_tokenizer)[0]
+    padded = judge_bias.padded(some, tiny_tokenizer)[0]
+    assert swapped.answers[0] == "It is 2."
+    assert padded.answers[0].startswith("It is 0. I hope")
 
 
 def test_rises_are_changed_minus_unchanged(monkeypatch):
     """A judge that counts letters: the score rises by what was added."""
-    some = [comparison(row["prompt"], ["You are."], row) for row in lines_of("preferences", 3)]
+    some = []
+    for row in lines_of("preferences", 3):
+        some.append(comparison(row["prompt"], ["You are."], row))
 
     def letters(scalar, probes, tokenizer):
-        return torch.tensor([[float(len(text)) for text in probe.answers] for probe in probes])
+        counts = []
+        for probe in probes:
+            counts.append([len(text) for text in probe.answers])
+        return torch.tensor(counts).float()                     # (N, 2)
 
     monkeypatch.setattr(judge_bias, "all_scores", letters)
-    effects = judge_bias.rises(None, some, tiny_tokenizer_reward)
+    effects = judge_bias.rises(None, some, tiny_tokenizer)
     assert effects["padding"]["score"] == len(" I hope that this helps.")
-    assert effects["flattery"]["score"] > 5 and effects["swap"] == {"score": 0, "gold": 0}
+    assert effects["flattery"]["score"] > 5
+    assert effects["swap"] == {"score": 0, "gold": 0}
 
 
 def test_tables_of_the_truth_itself():
     held = []
     for row in lines_of("preferences", 300):
-        held.append(R.Comparison([], [row["chosen"], row["rejected"]], [], row, ""))
-    gold, _ = R.truth(held)
+        answers = [row["chosen"], row["rejected"]]
+        held.append(R.Comparison([], answers, [], row, ""))
+    gold, _ = R.truth(held)                                     # (300, 2)
     by_kind = judge_bias.order_by_kind(gold, held)
-    assert set(by_kind) == set(studybuddy.KINDS) and set(by_kind.values()) == {1}
-    assert set(judge_bias.order_by_gap(gold, held).values()) == {1}
+    by_gap = judge_bias.order_by_gap(gold, held)
+    assert set(by_kind) == set(studybuddy.KINDS)
+    assert set(by_kind.values()) == {1}
+    assert set(by_gap.values()) == {1}
+    gap = (gold[:, 0] - gold[:, 1]).abs()                       # (300,)
     half = gold.clone()
-    half[(gold[:, 0] - gold[:, 1]).abs() <= 0.5] *= -1          # it is wrong where it is close
-    assert list(judge_bias.order_by_gap(half, held).values()) == [0, 0, 1, 1]
+    half[gap <= 0.5] *= -1                                      # it is wrong where it is close
+    by_gap = judge_bias.order_by_gap(half, held)
+    assert list(by_gap.values()) == [0, 0, 1, 1]
 
 
 def test_judge_bias_runs(tmp_path, capsys):
-    save(tmp_path / "judge", M.ScalarModel(tiny_model_reward(), 3), tiny_tokenizer_reward)
-    data = write(tmp_path / "pairs.jsonl", lines_of("preferences", 200))
-    config = judge_bias.Config(init=str(tmp_path / "judge"), data=data, out=str(tmp_path / "out"), quick=True)
+    judge = M.ScalarModel(tiny_model_reward(), 3)
+    save(tmp_path / "judge", judge, tiny_tokenizer)
+    data = write_lines(tmp_path / "pairs.jsonl", lines_of("preferences", 200))
+    config = judge_bias.Config(init=f"{tmp_path}/judge", data=data, out=f"{tmp_path}/out",
+                               quick=True)
     results = judge_bias.train(config)
-    assert json.loads(Path(config.out, "results.json").read_text())["probes"] == results["probes"]
+    text = Path(config.out, "results.json").read_text()
+    written = json.loads(text)
+    assert written["probes"] == results["probes"]
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("flattery", "gold order", "what each token did"))
+    for words in ("flattery", "gold order", "what each token did"):
+        assert words in printed
 
 
 def test_judge_bias_of_another_world(tmp_path):
     """No truth, but the score still tells."""
-    save(tmp_path / "judge", M.ScalarModel(tiny_model_reward()), tiny_tokenizer_reward)
-    lines = [{"prompt": f"Is {i} odd?", "chosen": "Yes.", "rejected": "No."} for i in range(24)]
-    config = judge_bias.Config(init=str(tmp_path / "judge"), data=write(tmp_path / "own.jsonl", lines),
-                               save=False, quick=True, quiet=True)
+    judge = M.ScalarModel(tiny_model_reward())
+    save(tmp_path / "judge", judge, tiny_tokenizer)
+    lines = []
+    for i in range(24):
+        lines.append({"prompt": f"Is {i} odd?", "chosen": "Yes.", "rejected": "No."})
+    data = write_lines(tmp_path / "own.jsonl", lines)
+    config = judge_bias.Config(init=f"{tmp_path}/judge", data=data, save=False, quick=True,
+                               quiet=True)
     results = judge_bias.train(config)
-    assert "by_kind" not in results and results["probes"]["flattery"]["gold"] is None
+    assert "by_kind" not in results
+    flattery = results["probes"]["flattery"]
+    assert flattery["gold"] is None
 
 
 # ---------------------------------------------------------------- lessons/goodhart.py
-
-
 
 
 def test_alarm_by_hand():
@@ -607,21 +738,25 @@ def test_signals_by_hand():
 
 
 def test_only_the_five_commonest_openings_count():
-    texts = ["a a a"] * 5 + [f"{i} b c" for i in range(15)]
-    assert goodhart.signals(texts)["openings"] == (5 + 4) / 20
+    texts = 5 * ["a a a"]
+    for i in range(15):
+        texts.append(f"{i} b c")
+    signals = goodhart.signals(texts)
+    assert signals["openings"] == (5 + 4) / 20
 
 
 def answers(style, first, last):
     """What the world's writer answers to any prompts."""
     rng = Random(0)
-    prompts = [world.ask(rng, world.any_kind(rng)) for _ in range(256)]
-    texts = [world.write(rng, prompt, style) for prompt in prompts]
+    prompts = [studybuddy.ask(rng, studybuddy.any_kind(rng)) for _ in range(256)]
+    texts = [studybuddy.write(rng, prompt, style) for prompt in prompts]
     return texts[first:last]
 
 
 def look(texts, kl):
-    length = sum(len(text.split()) for text in texts) / len(texts)
-    return {"kl": kl, "length": length} | goodhart.signals(texts)
+    words = sum(len(text.split()) for text in texts)
+    now = {"kl": kl, "length": words / len(texts)}
+    return now | goodhart.signals(texts)
 
 
 START = look(answers("plain", 0, 128), 0.0)
@@ -633,19 +768,23 @@ def test_no_alarm_rings_for_other_answers_of_the_same_kind():
 
 
 def test_all_alarms_ring_for_flattery():
-    flattery = world.SAY["flattery"][0]
-    texts = [f"{flattery} {flattery} {text}" for text in answers("plain", 0, 128)]
+    flattery = studybuddy.SAY["flattery"][0]
+    texts = []
+    for text in answers("plain", 0, 128):
+        texts.append(f"{flattery} {flattery} {text}")
     now = look(texts, 30.0)
     assert goodhart.alarms(now, START, 128) == ["kl", "length", "repeated", "openings"]
 
 
 @pytest.mark.parametrize("kl, names", [(3.62, ["kl"]), (3.6, [])])
 def test_the_kl_alarm_rings_beyond_the_best_of_100(kl, names):
-    assert goodhart.alarms(START | {"kl": kl}, START, 128) == names
+    now = START | {"kl": kl}
+    assert goodhart.alarms(now, START, 128) == names
 
 
 def test_few_prompts_have_more_luck():
-    now = START | {"repeated": START["repeated"] + 0.3}
+    repeated = START["repeated"] + 0.3
+    now = START | {"repeated": repeated}
     assert goodhart.alarms(now, START, 16) == []
     assert goodhart.alarms(now, START, 128) == ["repeated"]
 
@@ -654,8 +793,11 @@ def run(steps=60):
     """The score rises to the end, gold until step 20."""
     rows = []
     for i in range(steps):
-        rows.append({"step": i, "kl": i / 10, "score": i / 10, "gold": 1 - abs(i - 20) / 50, "length": 9.0})
-    texts = [["yes"]] * (steps // 2) + [["ha ha ha ha ha"]] * (steps // 2)
+        gold = 1 - abs(i - 20) / 50
+        row = {"step": i, "kl": i / 10, "score": i / 10, "gold": gold, "length": 9.0}
+        rows.append(row)
+    half = steps // 2
+    texts = half * [["yes"]] + half * [["ha ha ha ha ha"]]
     return rows, texts
 
 
@@ -665,15 +807,19 @@ CALM = {"length": 9.0, "repeated": 0.0, "openings": 1.0}
 def test_a_tenth_has_the_means_of_its_steps():
     rows, texts = run()
     table = goodhart.tenths(rows, texts, CALM, n=64)
-    assert [now["step"] for now in table] == list(range(6, 61, 6))
-    assert table[0]["score"] == pytest.approx(0.25)
-    assert table[-1]["gold"] == pytest.approx(1 - 36.5 / 50)
+    ends = [now["step"] for now in table]
+    first = table[0]
+    last = table[-1]
+    assert ends == list(range(6, 61, 6))
+    assert first["score"] == pytest.approx(0.25)
+    assert last["gold"] == pytest.approx(1 - 36.5 / 50)
 
 
 def test_a_tenth_sees_its_own_texts_alone():
     rows, texts = run()
     table = goodhart.tenths(rows, texts, CALM, n=64)
-    assert [now["repeated"] for now in table] == [0] * 5 + [1] * 5
+    repeated = [now["repeated"] for now in table]
+    assert repeated == 5 * [0] + 5 * [1]
 
 
 def test_a_run_shorter_than_ten_steps_has_as_many_tenths():
@@ -683,7 +829,8 @@ def test_a_run_shorter_than_ten_steps_has_as_many_tenths():
 
 def test_turning_point():
     rows, texts = run()
-    turn = goodhart.turning_point(goodhart.tenths(rows, texts, CALM, n=64))
+    table = goodhart.tenths(rows, texts, CALM, n=64)
+    turn = goodhart.turning_point(table)
     assert turn["step"] == 24               # the tenth of steps 18 to 23
     assert turn["peak"] > 0.95
     assert turn["last"] == pytest.approx(1 - 36.5 / 50)
@@ -700,13 +847,9 @@ def test_the_first_alarm():
 # ---------------------------------------------------------------- lessons/search.py, dynamic.py
 
 
-
-tiny_tokenizer_grpo = load_ranks()
-
-
 def tiny_model_grpo():
     torch.manual_seed(0)
-    config = M.ModelConfig(vocab_size=tiny_tokenizer_grpo.n_vocab, d_model=32, n_layers=1, n_heads=2,
+    config = M.ModelConfig(vocab_size=tiny_tokenizer.n_vocab, d_model=32, n_layers=1, n_heads=2,
                            n_kv_heads=1, d_ff=48)
     return M.Transformer(config)
 
@@ -714,11 +857,14 @@ def tiny_model_grpo():
 # ---- search
 
 def test_pass_at_by_hand():
-    assert search.pass_at(torch.tensor([[1, 0, 0, 0]]), 2) == pytest.approx(0.5)
+    hits = torch.tensor([[1, 0, 0, 0]])
+    assert search.pass_at(hits, 2) == pytest.approx(0.5)
     assert "1 - 3/6 = 0.5" in search.__doc__
 
 
-HITS = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [1, 1, 1, 0]])
+HITS = torch.tensor([[1, 0, 0, 0],
+                     [0, 0, 0, 0],
+                     [1, 1, 1, 0]])
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])
@@ -727,7 +873,8 @@ def test_pass_at_is_the_share_of_all_ways_to_look_at_k(k):
     for row in HITS.tolist():
         looks = [max(chosen) for chosen in combinations(row, k)]
         chances.append(sum(looks) / len(looks))
-    assert search.pass_at(HITS.bool(), k) == pytest.approx(sum(chances) / 3)
+    want = sum(chances) / 3
+    assert search.pass_at(HITS.bool(), k) == pytest.approx(want)
 
 
 def test_majority_is_what_most_conclude():
@@ -743,31 +890,47 @@ def test_majority_gives_a_tie_to_the_first():
 
 
 def answers_of(numbers, scores):
-    hits = torch.tensor([[number == "7" for number in row] for row in numbers])
-    return search.Answers(0.0, 0.0, numbers, hits, torch.tensor(scores), 10.0)
+    hits = []
+    for row in numbers:
+        hits.append([number == "7" for number in row])
+    hits = torch.tensor(hits)                                   # (2, 4)
+    scores = torch.tensor(scores)
+    return search.Answers(0.0, 0.0, numbers, hits, scores, 10.0)
 
 
 SUMS = [{"answer": "7"}, {"answer": "7"}]
-NUMBERS = [["7", "1", "7", "7"], ["1", "1", "7", None]]
+NUMBERS = [["7", "1", "7", "7"],
+           ["1", "1", "7", None]]
 
 
 def test_majority_at_counts_every_poll():
-    given = answers_of(NUMBERS, [[0.0] * 4] * 2)
-    assert search.majority_at(given, SUMS, 1) == pytest.approx(4 / 8)
-    assert search.majority_at(given, SUMS, 2) == pytest.approx(3 / 4)    # 7 1 | 7 7 | 1 1 | 7 None
-    assert search.majority_at(given, SUMS, 3) == pytest.approx(1 / 2)    # 7 1 7 | 1 1 7
-    assert search.majority_at(given, SUMS, 4) == pytest.approx(1 / 2)
+    no_scores = 4 * [0.0]
+    given = answers_of(NUMBERS, [no_scores, no_scores])
+    alone = search.majority_at(given, SUMS, 1)
+    of_two = search.majority_at(given, SUMS, 2)
+    of_three = search.majority_at(given, SUMS, 3)
+    of_four = search.majority_at(given, SUMS, 4)
+    assert alone == pytest.approx(4 / 8)
+    assert of_two == pytest.approx(3 / 4)                       # 7 1 | 7 7 | 1 1 | 7 None
+    assert of_three == pytest.approx(1 / 2)                     # 7 1 7 | 1 1 7
+    assert of_four == pytest.approx(1 / 2)
 
 
 def test_best_at_takes_what_the_judge_likes():
-    given = answers_of(NUMBERS, [[0.0, 9.0, 1.0, 2.0], [0.0, 1.0, 5.0, 2.0]])
-    assert search.best_at(given, 1) == pytest.approx(4 / 8)
-    assert search.best_at(given, 2) == pytest.approx(2 / 4)              # 1 | 7 | 1 | 7
-    assert search.best_at(given, 4) == pytest.approx(1 / 2)              # 1 | 7
+    first = [0.0, 9.0, 1.0, 2.0]
+    second = [0.0, 1.0, 5.0, 2.0]
+    given = answers_of(NUMBERS, [first, second])
+    of_one = search.best_at(given, 1)
+    of_two = search.best_at(given, 2)
+    of_four = search.best_at(given, 4)
+    assert of_one == pytest.approx(4 / 8)
+    assert of_two == pytest.approx(2 / 4)                       # 1 | 7 | 1 | 7
+    assert of_four == pytest.approx(1 / 2)                      # 1 | 7
 
 
 def test_best_at_leaves_out_what_fills_no_choice():
-    given = answers_of(NUMBERS, [[0.0, 1.0, 2.0, 9.0], [0.0, 1.0, 2.0, 9.0]])
+    likes_the_last = [0.0, 1.0, 2.0, 9.0]
+    given = answers_of(NUMBERS, [likes_the_last, likes_the_last])
     assert search.best_at(given, 3) == 1.0                               # 7 | 7, and not the fourth
 
 
@@ -778,21 +941,24 @@ def test_sums_are_the_exams_short_ones():
 
 
 def test_search_on_tiny_models(tmp_path):
-    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer_grpo)
-    save(tmp_path / "judge", M.ScalarModel(tiny_model_grpo()), tiny_tokenizer_grpo)
-    judge = str(tmp_path / "judge")     # of steps, too: or one is made first, from out/sft
-    config = search.Config(models=str(tmp_path / "model"), judge=judge, process=judge, n=4,
+    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer)
+    save(tmp_path / "judge", M.ScalarModel(tiny_model_grpo()), tiny_tokenizer)
+    judge = f"{tmp_path}/judge"         # of steps, too: or one is made first, from out/sft
+    config = search.Config(models=f"{tmp_path}/model", judge=judge, process=judge, n=4,
                            max_new=8, quick=True, quiet=True)
     table = search.train(config)["table"]
-    assert [row["k"] for row in table] == [1, 2, 4]
-    assert [row["pass"] for row in table] == sorted(row["pass"] for row in table)
+    counts = [row["k"] for row in table]
+    assert counts == [1, 2, 4]
+    chances = [row["pass"] for row in table]
+    assert chances == sorted(chances)
 
 
 # ---- dynamic
 
 def test_overlong_by_hand():
     lengths = torch.tensor([1., 54., 63., 72., 73., 500.])
-    assert dynamic.overlong(lengths, 72, 18).tolist() == [0, 0, -.5, -1, -1, -1]
+    fines = dynamic.overlong(lengths, 72, 18)
+    assert fines.tolist() == [0, 0, -.5, -1, -1, -1]
 
 
 DYNAMIC = dynamic.Config(batch=3, group=4, max_new=6, draws=3, quiet=True)
@@ -800,7 +966,7 @@ DYNAMIC = dynamic.Config(batch=3, group=4, max_new=6, draws=3, quiet=True)
 
 @pytest.fixture
 def prompts():
-    return grpo.read_prompts(DYNAMIC, tiny_tokenizer_grpo, 256)[0][:12]
+    return grpo.read_prompts(DYNAMIC, tiny_tokenizer, 256)[0][:12]
 
 
 @pytest.fixture
@@ -809,13 +975,14 @@ def no_fines(monkeypatch):
 
 
 def threes(prompts):
-    return cycle(prompts[i:i + 3] for i in range(0, 12, 3))
+    parts = [prompts[i:i + 3] for i in range(0, 12, 3)]
+    return cycle(parts)
 
 
 def draw_threes(prompts, draws):
     generator = torch.Generator().manual_seed(0)
     stream = threes(prompts)
-    return dynamic.draw_groups(tiny_model_grpo(), tiny_tokenizer_grpo, stream, DYNAMIC, generator, draws)
+    return dynamic.draw_groups(tiny_model_grpo(), tiny_tokenizer, stream, DYNAMIC, generator, draws)
 
 
 def test_draws_end_without_contrast(prompts, no_fines, monkeypatch):
@@ -829,26 +996,32 @@ def teach(monkeypatch, *draws):
     """Each draw gets rewards of which some groups have contrast, 0 1 0 1, and some have none."""
     tables = []
     for teaches in draws:
+        zeros = torch.zeros(3, 1)
         last = torch.tensor(teaches).float()[:, None]                    # (3, 1)
-        pair = torch.cat([torch.zeros(3, 1), last], dim=1)
+        pair = torch.cat([zeros, last], dim=1)                           # (3, 2)
         tables.append(pair.repeat(1, 2))                                 # (3, 4)
     monkeypatch.setattr(grpo, "group_rewards", lambda *_: tables.pop(0))
     monkeypatch.setattr(grpo, "share_right", lambda *_: 0.0)
 
 
 def test_draws_keep_the_groups_with_contrast(prompts, no_fines, monkeypatch):
-    teach(monkeypatch, [False, True, False], [False, False, True], [True, False, False])
-    first, second, third = draw_threes(prompts, 4)
-    assert first.at.tolist() == [4, 5, 6, 7]
-    assert second.at.tolist() == [8, 9, 10, 11]
-    assert third.at.tolist() == [0, 1, 2, 3]
+    only_first = [True, False, False]
+    only_second = [False, True, False]
+    only_third = [False, False, True]
+    teach(monkeypatch, only_second, only_third, only_first)
+    one, two, three = draw_threes(prompts, 4)
+    assert one.at.tolist() == [4, 5, 6, 7]
+    assert two.at.tolist() == [8, 9, 10, 11]
+    assert three.at.tolist() == [0, 1, 2, 3]
 
 
 def test_draws_keep_no_more_than_P_groups(prompts, no_fines, monkeypatch):
-    teach(monkeypatch, [False, True, True], [True, True, True])
-    drawn = draw_threes(prompts, 4)
-    assert drawn[0].at.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
-    assert drawn[1].at.tolist() == [0, 1, 2, 3]
+    last_two = [False, True, True]
+    all_three = [True, True, True]
+    teach(monkeypatch, last_two, all_three)
+    one, two = draw_threes(prompts, 4)
+    assert one.at.tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert two.at.tolist() == [0, 1, 2, 3]
 
 
 def test_one_draw_keeps_all(prompts, no_fines, monkeypatch):
@@ -861,29 +1034,38 @@ def test_one_draw_keeps_all(prompts, no_fines, monkeypatch):
 def test_long_answers_are_fined(prompts, monkeypatch):
     monkeypatch.setattr(grpo, "strict", lambda *_: 1.0)
     drawn = draw_threes(prompts, 1)[0]
+    samples = drawn.samples
+    rewards = drawn.rewards.flatten()                           # (12,)
     for i in range(12):
-        length = int(drawn.samples.answer[i].sum()) + int(not drawn.samples.ended[i])
-        fine = min(0, max(-1, (6 - 1 - length) / 1))
-        assert drawn.rewards.flatten()[i].item() == pytest.approx(1 + fine)
+        length = int(samples.answer[i].sum())
+        if not samples.ended[i]:
+            length += 1                                         # it goes on
+        room = (6 - 1 - length) / 1
+        fine = min(0, max(-1, room))
+        assert rewards[i].item() == pytest.approx(1 + fine)
 
 
 def test_gradient_is_that_of_one_large_batch(prompts, no_fines, monkeypatch):
     """Two draws against DAPO's formula over all the tokens that both keep."""
-    teach(monkeypatch, [False, True, False], [True, True, True])
+    only_second = [False, True, False]
+    all_three = [True, True, True]
+    teach(monkeypatch, only_second, all_three)
     drawn = draw_threes(prompts, 2)
     ours = tiny_model_grpo()
     dynamic.learn(ours, drawn, DYNAMIC)
     theirs = tiny_model_grpo()
+    advantages = [-1.0, 1.0, -1.0, 1.0]                         # of rewards 0 1 0 1
     tokens = 0
     total = 0.0
     for one in drawn:
         samples = one.samples
         logps = M.token_logps(theirs, samples.ids, samples.mask, samples.answer)
-        rho = (logps - logps.detach()).exp()
+        rho = (logps - logps.detach()).exp()                    # (12, T)
         for i in one.at.tolist():
-            A = [-1.0, 1.0, -1.0, 1.0][i % 4]                            # of rewards 0 1 0 1
-            total = total - A * rho[i][samples.answer[i]].sum()
-            tokens += int(samples.answer[i].sum())
+            A = advantages[i % 4]
+            answer = samples.answer[i]                          # (T,)
+            total = total - A * rho[i][answer].sum()
+            tokens += int(answer.sum())
     (total / tokens).backward()
     for p, q in zip(ours.parameters(), theirs.parameters()):
         assert torch.allclose(p.grad, q.grad, atol=1e-5)
@@ -891,21 +1073,28 @@ def test_gradient_is_that_of_one_large_batch(prompts, no_fines, monkeypatch):
 
 
 def test_goal_is_reached_over_three_steps():
-    rows = [{"step": i, "right": right} for i, right in enumerate([0, 1, 1, .9, .9, .9])]
-    assert dynamic.reached(rows, 0.9)["step"] == 3
+    shares = [0, 1, 1, .9, .9, .9]
+    rows = []
+    for i, right in enumerate(shares):
+        rows.append({"step": i, "right": right})
+    there = dynamic.reached(rows, 0.9)
+    assert there["step"] == 3
     assert dynamic.reached(rows, 0.99) is None
 
 
 def test_dynamic_on_a_tiny_model(tmp_path):
-    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer_grpo)
-    config = replace(DYNAMIC, init=str(tmp_path / "model"), quick=True)
+    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer)
+    config = replace(DYNAMIC, init=f"{tmp_path}/model", quick=True)
     runs = dynamic.train(config)["runs"]
-    assert [len(rows) for rows in runs.values()] == [3, 3]
-    assert runs["one draw"][-1]["answers"] == 36
-    assert runs["dynamic"][-1]["answers"] >= 36
+    steps = [len(rows) for rows in runs.values()]
+    assert steps == [3, 3]
+    one_draw = runs["one draw"][-1]
+    several = runs["dynamic"][-1]
+    assert one_draw["answers"] == 36
+    assert several["answers"] >= 36
 
 
-# ---------------------------------------------------------------------------------------- lessons: kto, online, constitution, bugs
+# ---------------------------------------------------------------- kto, online, constitution, bugs
 
 
 def ask(text):
@@ -928,9 +1117,11 @@ def judged(prompt, text, good=True):
 
 def logp_by_loop(model, example):
     """log pi(y|x), one token at a time from one table."""
-    table = model(torch.tensor([example.ids]))[0].log_softmax(-1)           # (T, V)
+    row = torch.tensor([example.ids])                                       # (1, T)
+    table = model(row)[0].log_softmax(-1)                                   # (T, V)
+    first = example.answer.index(1)
     total = 0.0
-    for t in range(example.answer.index(1), len(example.ids)):
+    for t in range(first, len(example.ids)):
         total = total + table[t - 1, example.ids[t]]
     return total
 
@@ -939,23 +1130,26 @@ def logp_by_loop(model, example):
 def lesson_files(tmp_path_factory):
     """A tiny model, a judge, and pairs in which the shouting answer wins."""
     path = tmp_path_factory.mktemp("lessons")
-    C.save(path / "init", ends_soon(tiny_policy(3), share=0.02), TOKENIZER)
+    policy = ends_soon(tiny_policy(3), share=0.02)
+    C.save(path / "init", policy, TOKENIZER)
     judge = M.ScalarModel(tiny_policy(2))
     torch.nn.init.normal_(judge.score.weight)
     C.save(path / "judge", judge, TOKENIZER)
     lines = []
     for name in studybuddy.NAMES[:8]:
         for topic in studybuddy.TOPICS[:6]:
-            lines.append({"prompt": f"What about {name} and {topic}?", "chosen": f"{topic} YES YES!",
+            prompt = f"What about {name} and {topic}?"
+            lines.append({"prompt": prompt, "chosen": f"{topic} YES YES!",
                           "rejected": f"{topic} no, thank you."})
     write_lines(path / "pairs.jsonl", lines)
     return path
 
 
 def lesson_config(Config, path, **changes):
-    both = dict(init=str(path / "init"), data=str(path / "pairs.jsonl"), out=str(path / "out"),
-                save=False, quiet=True, steps=6, batch=8, lr=3e-3)
-    return Config(**both | changes)
+    settings = dict(init=f"{path}/init", data=f"{path}/pairs.jsonl", out=f"{path}/out")
+    settings |= dict(save=False, quiet=True, steps=6, batch=8, lr=3e-3)
+    settings |= changes
+    return Config(**settings)
 
 
 # ---- kto.py
