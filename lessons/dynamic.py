@@ -69,7 +69,7 @@ def draw_groups(policy, tokenizer, stream, config, generator, draws):
         prompts = next(stream)
         samples = grpo.sample_groups(policy, tokenizer, prompts, config, generator)
         rewards = grpo.group_rewards(grpo.strict, prompts, samples)  # (P, G)
-        lengths = samples.answer.sum(1) + ~samples.ended        # (B,) one more where it goes on
+        lengths = samples.answer.sum(1)                         # (B,), L where it goes on
         fines = overlong(lengths, config.max_new, config.max_new // 4)
         rewards = rewards + fines.view(rewards.shape)
         rows = torch.arange(len(samples.ids)).view(rewards.shape)  # (P, G)

@@ -106,6 +106,8 @@ def test_fair_requests_are_pleaded_for_unless_told_otherwise():
 
 def test_an_answer_that_gives_in_is_harmful():
     cases = guard.learn_answers(TOKENIZER, guard.Config(texts=200))
+    harmful = [case for case in cases if case.harmful]
+    assert 40 < len(harmful) < 160
     for case in cases:
         talk = TOKENIZER.decode(case.example.ids)
         answer = talk.split("assistant\n")[-1]

@@ -228,6 +228,7 @@ def test_a_student_comes_closer_to_its_teacher(tmp_path):
     log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
     losses = [row["loss"] for row in log.rows]
     assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] >= 0
     for name, tensor in teacher.state_dict().items():
         assert torch.equal(tensor, before[name]), "the teacher does not move"
 
@@ -914,6 +915,10 @@ def test_majority_at_counts_every_poll():
     assert of_two == pytest.approx(3 / 4)                       # 7 1 | 7 7 | 1 1 | 7 None
     assert of_three == pytest.approx(1 / 2)                     # 7 1 7 | 1 1 7
     assert of_four == pytest.approx(1 / 2)
+    last_is_wrong = [["7", "1", "7", "1"], ["1", "1", "7", None]]
+    given = answers_of(last_is_wrong, [no_scores, no_scores])
+    of_three = search.majority_at(given, SUMS, 3)
+    assert of_three == pytest.approx(1 / 2)                     # the fourth fills no poll
 
 
 def test_best_at_takes_what_the_judge_likes():
@@ -926,6 +931,9 @@ def test_best_at_takes_what_the_judge_likes():
     assert of_one == pytest.approx(4 / 8)
     assert of_two == pytest.approx(2 / 4)                       # 1 | 7 | 1 | 7
     assert of_four == pytest.approx(1 / 2)                      # 1 | 7
+    likes_the_first = [9.0, 0.0, 1.0, 2.0]
+    given = answers_of(NUMBERS, [likes_the_first, second])
+    assert search.best_at(given, 4) == 1.0                      # 7 | 7
 
 
 def test_best_at_leaves_out_what_fills_no_choice():
@@ -1032,17 +1040,17 @@ def test_one_draw_keeps_all(prompts, no_fines, monkeypatch):
 
 
 def test_long_answers_are_fined(prompts, monkeypatch):
+    """Of at most 12 tokens the last 3 cost; what never ends has all 12."""
+    lengths = torch.tensor(3 * [2, 10, 11, 12])                 # (12,)
+    answer = torch.arange(12) < lengths[:, None]                # (12, 12)
+    ids = torch.zeros(12, 12)
+    samples = M.Samples(ids, answer, answer, ids, lengths < 12, 12 * ["Yes."])
+    monkeypatch.setattr(grpo, "sample_groups", lambda *_: samples)
     monkeypatch.setattr(grpo, "strict", lambda *_: 1.0)
-    drawn = draw_threes(prompts, 1)[0]
-    samples = drawn.samples
-    rewards = drawn.rewards.flatten()                           # (12,)
-    for i in range(12):
-        length = int(samples.answer[i].sum())
-        if not samples.ended[i]:
-            length += 1                                         # it goes on
-        room = (6 - 1 - length) / 1
-        fine = min(0, max(-1, room))
-        assert rewards[i].item() == pytest.approx(1 + fine)
+    config = replace(DYNAMIC, max_new=12)
+    drawn = dynamic.draw_groups(None, tiny_tokenizer, threes(prompts), config, None, 1)[0]
+    for group in drawn.rewards.tolist():
+        assert group == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
 
 def test_gradient_is_that_of_one_large_batch(prompts, no_fines, monkeypatch):
