@@ -1,7 +1,6 @@
 """The tests of lessons 3, 4 and 5: the programs' own functions, in seconds."""
 import json
 import math
-import sys
 from pathlib import Path
 from random import Random
 import xml.etree.ElementTree as ElementTree
