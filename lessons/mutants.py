@@ -83,7 +83,8 @@ class Finder(ast.NodeVisitor):
 
     def span(self, node):
         begin = self.begins[node.lineno - 1] + node.col_offset
-        return begin, self.begins[node.end_lineno - 1] + node.end_col_offset
+        end = self.begins[node.end_lineno - 1] + node.end_col_offset
+        return begin, end
 
     def source(self, node):
         begin, end = self.span(node)
@@ -315,15 +316,18 @@ def time_limits(files):
 
 def show_survivor(change):
     print(f"\nSURVIVED {change.file}:{change.line}, {change.rule}")
-    before = (bugs.HERE / change.file).read_text(encoding="utf-8").splitlines()
-    for line in difflib.unified_diff(before, mutated(change).splitlines(), lineterm="", n=0):
+    path = bugs.HERE / change.file
+    before = path.read_text(encoding="utf-8").splitlines()
+    after = mutated(change).splitlines()
+    for line in difflib.unified_diff(before, after, lineterm="", n=0):
         if not line.startswith(("---", "+++", "@@")):
             print(f"    {line}")
 
 
 def show_progress(change, reds, how_far):
     place = f"{change.file}:{change.line}"
-    print(f"{how_far}  {place:22} {change.rule:11}{reds[change] or 'SURVIVED'}", flush=True)
+    red = reds[change] or "SURVIVED"
+    print(f"{how_far}  {place:22} {change.rule:11}{red}", flush=True)
 
 
 def show_end(reds):
@@ -333,8 +337,10 @@ def show_end(reds):
     killed = [red is not None for red in reds.values()]
     hang = list(reds.values()).count("hangs")
     if killed:
-        print(f"\nkilled {sum(killed)} of {len(killed)}, {hang} of them by time: "
-              f"{sum(killed) / len(killed):.2f} +-{half_width(killed):.2f}")
+        count = sum(killed)
+        share = count / len(killed)
+        print(f"\nkilled {count} of {len(killed)}, {hang} of them by time: "
+              f"{share:.2f} +-{half_width(killed):.2f}")
 
 
 def main(arguments):
@@ -362,9 +368,12 @@ def main(arguments):
             runs[run] = change
         try:
             for run in as_completed(runs):
-                reds[runs[run]] = run.result()
-                left = (time.time() - started) / len(reds) * (len(drawn) - len(reds))
-                show_progress(runs[run], reds, f"{len(reds):4} of {len(drawn)}, {left:5.0f} s left")
+                change = runs[run]
+                reds[change] = run.result()
+                done = len(reds)
+                each = (time.time() - started) / done
+                left = each * (len(drawn) - done)
+                show_progress(change, reds, f"{done:4} of {len(drawn)}, {left:5.0f} s left")
         except KeyboardInterrupt:           # what has been tried is shown all the same
             pool.shutdown(cancel_futures=True)
     show_end(reds)

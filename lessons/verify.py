@@ -64,7 +64,9 @@ def auc(scores, truths):
     scores = torch.tensor(scores)                               # (N,)
     truths = torch.tensor(truths)                               # (N,)
     gap = scores[truths][:, None] - scores[~truths]             # (true, false)
-    return ((gap > 0).float() + (gap == 0).float() / 2).mean().item()
+    higher = (gap > 0).float()
+    equal = (gap == 0).float()
+    return (higher + equal / 2).mean().item()
 
 
 def surest(scores, truths, share):
@@ -103,7 +105,9 @@ def sum_claims(row, text):
     a, b = row["slots"]["numbers"]
     claims = []
     for result in RESULT.findall(text):
-        claims.append(Claim(f"{a} + {b} = {result}.", f"What is {a} + {b}?", int(result) == a + b))
+        claim = f"{a} + {b} = {result}."
+        true = int(result) == a + b
+        claims.append(Claim(claim, f"What is {a} + {b}?", true))
     return claims
 
 
@@ -245,9 +249,11 @@ def train(config):
     ways = {}
     for name in scores:
         way = what_is_left(claims, scores[name], config.keep, count)
-        ways[name] = way | {"auc": auc(scores[name], truths), "tokens": tokens[name] / count}
-        config.say(f"{name:12}{ways[name]['auc']:8.2f}{way['false']:16.2f}{way['true']:12.2f}"
-                   f"{ways[name]['tokens']:10.0f}")
+        way["auc"] = auc(scores[name], truths)
+        way["tokens"] = tokens[name] / count
+        ways[name] = way
+        config.say(f"{name:12}{way['auc']:8.2f}{way['false']:16.2f}{way['true']:12.2f}"
+                   f"{way['tokens']:10.0f}")
     curve = [surest(scores["agreement"], truths, share) for share in SHARES]
     return {"numbers": {"ways": ways, "surest": curve}}
 
