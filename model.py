@@ -35,7 +35,7 @@ class UserError(Exception):
 # S tokens so far: the T new ones and those in the cache, if there is one
 # U of the B * T tokens are computed: one that rows share once, padding not at all (Layout)
 # cos, sin (U, 1, D): of the angle of each position; allowed (B, 1, T, S): who may look at whom
-# in the last layer at times one token of each row asks alone: then U of q is B, and T is 1
+# ask, in the last layer: q may be of one token of each row alone; then its U is B, and its T is 1
 
 
 @dataclasses.dataclass
@@ -125,15 +125,15 @@ def attention_mask(mask, T):
 
 
 def one_query_mask(mask, at):
-    """At which of S tokens may one of each row look, where at (B, T) is True? -> (B, 1, 1, S).
-    Never None: others may come after it."""
+    """at (B, T), True at the only query of each row: which of S tokens may it see? -> (B, 1, 1, S).
+    Never None: that would show it all S."""
     in_cache = mask.shape[1] - at.shape[1]                      # S - T tokens
     query = in_cache + at.int().argmax(1)                       # (B,) positions
     return itself_and_before(mask, query[:, None, None, None])
 
 
 def itself_and_before(mask, query):
-    """query, positions (T, 1) of each row or (B, 1, 1, 1) -> (B, 1, T, S)"""
+    """query, positions: (T, 1) of all rows, or (B, 1, 1, 1) -> (B, 1, T, S)"""
     key = torch.arange(mask.shape[1], device=mask.device)       # (S,) positions
     before = mask[:, None, None, :] & (key <= query)            # (B, 1, T, S)
     # padding on the left sees nothing, and a softmax over nothing is nan; so it sees itself
@@ -221,13 +221,13 @@ class Attention(nn.Module):
         self.out = Linear(config.n_heads * D, C, bias=False)
 
     def forward(self, x, layout, cos, sin, allowed, cache, ask=None):
-        """ask (B,): which row of x has each text's only query, if not all have one. Keys and values
-        are always of all."""
+        """ask (B,): which row of x is the only query of each row of ids; None: all U are. Keys and
+        values are always of all U."""
         if ask is None:
             ask = slice(None)                                   # all U
             layout_of_q = layout
         else:
-            layout_of_q = every_token(ask[:, None])             # B rows of one token
+            layout_of_q = every_token(ask[:, None])             # only ask's shape counts: (B, 1)
         q = self.q(x[ask]).unflatten(1, (-1, self.head_dim))    # (U, H, D)
         k = self.k(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
         v = self.v(x).unflatten(1, (-1, self.head_dim))         # (U, K, D)
@@ -263,7 +263,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, layout, cos, sin, allowed, cache, wanted=None, ask=None):
-        """-> (U, C); or of the wanted tokens alone (N, C); or of those that ask (B, C)"""
+        """-> (U, C); of those rows of x alone that are wanted (N, C), or that ask (B, C)"""
         y = self.attention(self.norm1(x), layout, cos, sin, allowed, cache, ask)
         if ask is not None:
             x = x[ask]                                          # (B, C)
@@ -334,7 +334,7 @@ class Transformer(nn.Module):
             if at is None:
                 x = last(x, layout, cos, sin, allowed, cache)
             elif (at.sum(1) == 1).all():
-                # one of each row, as a judge wants, or a sampler: then it alone has to ask
+                # one of each row, for a judge or a sampler: it alone needs a query
                 allowed = one_query_mask(mask, at)
                 x = last(x, layout, cos, sin, allowed, cache, ask=layout.number[at])
             else:
@@ -587,14 +587,14 @@ def continue_rows(model, ids, mask, max_new, end, temperature, top_k, top_p, gen
     """Token by token. ids, mask (B, P) -> tokens, log-probs, (B, max_new) each. What stands behind
     a first end token means nothing."""
     B, P = ids.shape
-    tokens = torch.full((B, max_new), end, device=ids.device)   # ends where no more are drawn
+    tokens = torch.full((B, max_new), end, device=ids.device)   # any filler would do
     logps = torch.zeros(B, max_new, device=ids.device)
     hidden = torch.inference_mode()(model.hidden)               # quicker than no_grad
     cache = Cache(P + max_new)
     newest = torch.arange(P, device=ids.device) == P - 1        # (P,)
     state = hidden(ids, mask, cache, at=newest.expand(B, P))    # (B, C)
     mask = F.pad(mask, (0, max_new), value=True)                # (B, P + max_new)
-    rows = torch.arange(B, device=ids.device)       # (R,) those not dropped
+    rows = torch.arange(B, device=ids.device)       # (R,) rows of the cache
     for t in range(max_new):
         logits = model.head(state)                              # (R, V)
         if temperature == 0:

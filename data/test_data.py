@@ -1858,13 +1858,7 @@ def test_win_rate_is_of_the_decided():
     """Of ten answers three get better, one gets worse, and six are as good as before."""
     old_golds = [0, 0, 0, 1, 1, 0, 1, 1, 1, 1]
     new_golds = [1, 1, 1, 0, 1, 0, 1, 1, 1, 1]
-    old = []
-    new = []
-    for i in range(10):
-        row = {"prompt": str(i), "kind": "fact", "slots": {}}
-        old.append(E.Answer(row, "", True, {"gold": old_golds[i]}))
-        new.append(E.Answer(row, "", True, {"gold": new_golds[i]}))
-    rises = E.gold_rises(old, new)
+    rises = E.gold_rises(answers_with(old_golds), answers_with(new_golds))
     card = E.card_of({"gold_rise": rises})
     assert card["wins"] == 3
     assert card["ties"] == 6

@@ -425,9 +425,10 @@ def test_a_teacher_is_not_told_that_attackers_are_children():
 def test_the_key_is_random_and_stays_with_its_folder(tmp_path):
     first = stack.Config(out=str(tmp_path / "a"))
     second = stack.Config(out=str(tmp_path / "b"))
+    again = stack.Config(out=str(tmp_path / "a"))
     key_of_first = stack.key_of(first)
     key_of_second = stack.key_of(second)
-    assert stack.key_of(first) == key_of_first
+    assert stack.key_of(again) == key_of_first
     assert key_of_first != key_of_second
     assert stack.alias("Ana", key_of_first) != stack.alias("Ana", key_of_second)
 

@@ -20,6 +20,7 @@ from data.chart import Panel, chart
 from data.checkpoints import load_ranks, save
 from lessons import annotate, figures, judge_bias, process_reward, report, talking_judge
 from reward_model import Comparison
+from test_all import write_lines
 
 TOKENIZER = load_ranks()
 
@@ -29,14 +30,6 @@ def tiny_model(seed=0):
     sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
     config = M.ModelConfig(TOKENIZER.n_vocab, **sizes)
     return M.Transformer(config)
-
-
-def write_lines(path, lines):
-    text = ""
-    for line in lines:
-        text += json.dumps(line) + "\n"
-    Path(path).write_text(text)
-    return str(path)
 
 
 @pytest.fixture

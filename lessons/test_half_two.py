@@ -18,19 +18,13 @@ from data.checkpoints import load_ranks, save
 from lessons import (best_of, distill, figures, forgetting, goodhart, judge_bias, kto, landscape,
                      online, race, report, safe)
 from model import UserError
+from test_all import write_lines
 
 
 def words_of(svg):
     """A picture is XML that can be read; -> its texts"""
     tree = ElementTree.fromstring(svg)
     return [element.text for element in tree.iter() if element.tag.endswith("text")]
-
-
-def write_lines(path, rows):
-    """Rows as lines of JSON. -> the path"""
-    lines = [json.dumps(row) + "\n" for row in rows]
-    path.write_text("".join(lines))
-    return str(path)
 
 
 # ---------------------------------------------------------------- landscape: an exact toy

@@ -29,27 +29,18 @@ from data.checkpoints import load, load_ranks, load_scalar, save
 from lessons import (bad_input, best_of, bugs, constitution, distill, dynamic, figures, goodhart,
                      judge_bias, kto, mutants, online, process_reward, search, speed,
                      talking_judge)
-from test_all import END, TOKENIZER, close, ends_soon, gradients, same, weights
+from test_all import END, TOKENIZER, close, ends_soon, gradients, same, weights, write_lines
 from test_all import tiny_model as tiny_policy
 
 HERE = Path(__file__).parent.parent
-
-
-tiny_tokenizer = load_ranks()
 
 
 def tiny_model(seed=0, **changes):
     torch.manual_seed(seed)
     sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=48)
     sizes |= changes
-    config = M.ModelConfig(tiny_tokenizer.n_vocab, **sizes)
+    config = M.ModelConfig(TOKENIZER.n_vocab, **sizes)
     return M.Transformer(config)
-
-
-def write_lines(path, rows):
-    lines = [json.dumps(row) + "\n" for row in rows]
-    Path(path).write_text("".join(lines))
-    return str(path)
 
 
 # ---------------------------------------------------------------- best_of
@@ -122,7 +113,7 @@ def length_of(prompts, texts):
 @pytest.fixture
 def chosen(tmp_path, monkeypatch):
     """Where best_of has written what it kept. A fake model answered, and the longest is best."""
-    save(tmp_path / "init", tiny_model(), tiny_tokenizer)
+    save(tmp_path / "init", tiny_model(), TOKENIZER)
     data = write_lines(tmp_path / "prompts.jsonl", [{"prompt": letter} for letter in "PQR"])
     monkeypatch.setattr(best_of, "sample", fake_sample)
     config = best_of.Config(init=f"{tmp_path}/init", data=data, out=f"{tmp_path}/out", n=3,
@@ -143,15 +134,15 @@ def test_random_answers_are_kept_if_they_end_and_say_something(chosen):
 def test_the_reward_is_read_at_the_end_token():
     torch.manual_seed(0)
     judge = M.ScalarModel(tiny_model())
-    end = M.special(tiny_tokenizer, M.END)
+    end = M.special(TOKENIZER, M.END)
     prompts = []
     for text in ("Hi", "What is 2 + 3?"):
         prompts.append(SimpleNamespace(messages=ask(text)))
     texts = ["Hello you.", "So it is 5. Well done!"]
-    rewards = best_of.reward(judge, tiny_tokenizer, prompts, texts)         # (2,)
+    rewards = best_of.reward(judge, TOKENIZER, prompts, texts)         # (2,)
     for prompt, text, reward in zip(prompts, texts, rewards):
-        ids = M.render_prompt(tiny_tokenizer, prompt.messages)
-        ids += tiny_tokenizer.encode_ordinary(text)
+        ids = M.render_prompt(TOKENIZER, prompt.messages)
+        ids += TOKENIZER.encode_ordinary(text)
         row = torch.tensor([ids + [end]])                       # (1, T) alone, without padding
         alone = judge(row)[0, -1]
         assert alone.item() == pytest.approx(reward.item(), abs=1e-5)
@@ -225,7 +216,7 @@ def test_a_student_comes_closer_to_its_teacher(tmp_path):
     student = tiny_model(1)
     before = copy.deepcopy(teacher.state_dict())
     config = distill.Config(steps=30, batch=8, lr=1e-2, quiet=True)
-    log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
+    log = distill.learn_distribution(student, teacher, path, TOKENIZER, config)
     losses = [row["loss"] for row in log.rows]
     assert losses[-1] < 0.5 * losses[0]
     assert losses[-1] >= 0
@@ -238,7 +229,7 @@ def test_its_own_teacher_teaches_nothing(tmp_path):
     student = tiny_model()
     teacher = tiny_model()
     config = distill.Config(steps=1, batch=8, quiet=True)
-    log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
+    log = distill.learn_distribution(student, teacher, path, TOKENIZER, config)
     first = log.rows[0]
     assert first["loss"] == pytest.approx(0, abs=1e-6)
 
@@ -250,14 +241,14 @@ def test_parts_of_a_batch_add_up_to_its_loss(tmp_path):
         student = tiny_model(1)
         teacher = tiny_model()
         config = distill.Config(steps=1, batch=8, accumulate=accumulate, quiet=True)
-        log = distill.learn_distribution(student, teacher, path, tiny_tokenizer, config)
+        log = distill.learn_distribution(student, teacher, path, TOKENIZER, config)
         losses.append(log.rows[0]["loss"])
     whole, in_parts = losses
     assert whole == pytest.approx(in_parts, rel=1e-4)
 
 
 def test_a_teacher_of_another_vocabulary_is_an_error(tmp_path, monkeypatch):
-    save(tmp_path / "m", tiny_model(), tiny_tokenizer)
+    save(tmp_path / "m", tiny_model(), TOKENIZER)
     other = SimpleNamespace(_mergeable_ranks={b"a": 0})
     load = distill.load
 
@@ -276,7 +267,7 @@ def test_a_teacher_of_another_vocabulary_is_an_error(tmp_path, monkeypatch):
 def tiny_model_reward(seed=0):
     """Untrained, with weights larger than at birth, so that mistakes show."""
     torch.manual_seed(seed)
-    config = M.ModelConfig(vocab_size=tiny_tokenizer.n_vocab, d_model=32, n_layers=2, d_ff=64)
+    config = M.ModelConfig(vocab_size=TOKENIZER.n_vocab, d_model=32, n_layers=2, d_ff=64)
     network = M.Transformer(config)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.3 if p.dim() == 2 else 0.5)
@@ -291,14 +282,14 @@ def lines_of(name, count):
 def comparison(prompt, answers, row={}):
     """A Comparison of texts, the best one first."""
     messages = rows.to_messages(prompt)
-    examples = [M.render_answer(tiny_tokenizer, messages, text) for text in answers]
+    examples = [M.render_answer(TOKENIZER, messages, text) for text in answers]
     return R.Comparison(messages, answers, examples, row, "file:1")
 
 
 @pytest.fixture(scope="module")
 def init(tmp_path_factory):
     path = tmp_path_factory.mktemp("lessons") / "init"
-    save(path, tiny_model_reward(), tiny_tokenizer)
+    save(path, tiny_model_reward(), TOKENIZER)
     return str(path)
 
 
@@ -313,13 +304,13 @@ def texts_at(example):
     texts = []
     for t, read in enumerate(example.answer):
         if read:
-            so_far = tiny_tokenizer.decode(example.ids[:t + 1])
+            so_far = TOKENIZER.decode(example.ids[:t + 1])
             texts.append(so_far.split("assistant\n")[-1])
     return texts
 
 
 def test_a_process_judge_is_read_at_the_last_token_of_every_step():
-    example = process_reward.encode(tiny_tokenizer, ASKED, STEPS, "process")
+    example = process_reward.encode(TOKENIZER, ASKED, STEPS, "process")
     one = STEPS[0]
     two = " ".join(STEPS[:2])
     three = " ".join(STEPS)
@@ -327,14 +318,14 @@ def test_a_process_judge_is_read_at_the_last_token_of_every_step():
 
 
 def test_an_outcome_judge_is_read_at_the_end_token():
-    example = process_reward.encode(tiny_tokenizer, ASKED, STEPS, "outcome")
+    example = process_reward.encode(TOKENIZER, ASKED, STEPS, "outcome")
     assert texts_at(example) == [" ".join(STEPS) + "<|im_end|>"]
 
 
 def test_every_place_has_its_label():
     config = process_reward.Config()
     for judge in ("process", "outcome"):
-        some, held = process_reward.read_solutions(config, tiny_tokenizer, 256, judge)
+        some, held = process_reward.read_solutions(config, TOKENIZER, 256, judge)
         for solution in some + held:
             places = sum(solution.example.answer)
             assert places == len(solution.labels)
@@ -350,16 +341,16 @@ def test_scores_stand_in_the_order_of_labels():
     examples = []
     for count in (1, 3, 2):
         steps = STEPS[:count]
-        examples.append(process_reward.encode(tiny_tokenizer, ASKED, steps, "process"))
+        examples.append(process_reward.encode(TOKENIZER, ASKED, steps, "process"))
     want = []
     for example in examples:
         row = torch.tensor([example.ids])                       # (1, T)
         is_read = torch.tensor(example.answer) == 1             # (T,)
         alone = scalar(row)[0]                                  # (T,)
         want += alone[is_read].tolist()
-    r = process_reward.scores(scalar, examples, tiny_tokenizer)             # (6,)
+    r = process_reward.scores(scalar, examples, TOKENIZER)             # (6,)
     assert r.tolist() == pytest.approx(want, abs=1e-4)
-    lists = process_reward.score_lists(scalar, examples, tiny_tokenizer)
+    lists = process_reward.score_lists(scalar, examples, TOKENIZER)
     counts = [len(one) for one in lists]
     assert counts == [1, 3, 2]
     assert torch.cat(lists).tolist() == pytest.approx(want, abs=1e-4)
@@ -451,7 +442,7 @@ def test_best_of_picks(monkeypatch):
         lists = []
         for example, right_end in zip(examples, right_ends):
             count = sum(example.answer)
-            text = tiny_tokenizer.decode(example.ids)
+            text = TOKENIZER.decode(example.ids)
             if f"{right_end}<" in text:
                 lists.append(torch.full((count,), 0.5))
             elif name == "process":
@@ -473,8 +464,8 @@ def test_best_of_picks(monkeypatch):
     monkeypatch.setattr(process_reward, "marks_in_words", in_words)
     config = process_reward.Config(problems=6)
     judges = {"outcome": "outcome", "process": "process"}
-    attempts = process_reward.attempts_at_sums(tiny_model_reward(), tiny_tokenizer, config)
-    card = process_reward.best_of(attempts, judges, None, tiny_tokenizer)
+    attempts = process_reward.attempts_at_sums(tiny_model_reward(), TOKENIZER, config)
+    card = process_reward.best_of(attempts, judges, None, TOKENIZER)
     share_right = (4 + 2 * 5) / 48
     assert card == {"random": pytest.approx(share_right), "any": 1.0,
                     "by_majority": pytest.approx(2 / 6), "by_outcome": 1.0,
@@ -545,19 +536,19 @@ def test_generative_loss_is_that_of_the_right_letters():
 
 def test_verdicts_are_the_next_tokens_log_probs_in_both_orders():
     network = tiny_model_reward()
-    A, = tiny_tokenizer.encode_ordinary("A")
-    B, = tiny_tokenizer.encode_ordinary("B")
+    A, = TOKENIZER.encode_ordinary("A")
+    B, = TOKENIZER.encode_ordinary("B")
     short = comparison("Hi", ["Good.", "Bad."])
     long = comparison("What is 2 + 3?", ["It is 5, I think.", "6"])
-    pairs = talking_judge.in_both_orders([short, long], tiny_tokenizer)
-    logps = talking_judge.letter_logps(network, pairs, tiny_tokenizer)
+    pairs = talking_judge.in_both_orders([short, long], TOKENIZER)
+    logps = talking_judge.letter_logps(network, pairs, TOKENIZER)
     assert logps.shape == (2, 2, 2)                             # pair, order, letter
     for pair, of_pair in zip(pairs, logps):
         good, bad = pair.answers
         orders = [(good, bad), (bad, good)]
         for (a, b), letters in zip(orders, of_pair):
-            question = talking_judge.question(tiny_tokenizer, pair.prompt, a, b)
-            text = tiny_tokenizer.decode(question.ids)
+            question = talking_judge.question(TOKENIZER, pair.prompt, a, b)
+            text = TOKENIZER.decode(question.ids)
             assert f"A: {a}\nB: {b}\n" in text
             assert text.endswith("<|im_start|>assistant\n")
             row = torch.tensor([question.ids])                  # (1, T)
@@ -575,12 +566,12 @@ def test_a_question_too_long_is_left_out_and_many_are_an_error(tmp_path, capsys)
     lines[5] = too_long
     data = write_lines(tmp_path / "long.jsonl", lines)
     config = talking_judge.Config(data=data)
-    train, held = talking_judge.read_questions(config, tiny_tokenizer, 256)
+    train, held = talking_judge.read_questions(config, TOKENIZER, 256)
     assert len(train) + len(held) == 23
     assert "1 pairs are left out" in capsys.readouterr().out
     write_lines(tmp_path / "long.jsonl", lines + 4 * [too_long])
     with pytest.raises(M.UserError, match="5 of 28 questions"):
-        talking_judge.read_questions(config, tiny_tokenizer, 256)
+        talking_judge.read_questions(config, TOKENIZER, 256)
 
 
 def test_a_talking_judge_learns_a_few_pairs(init, tmp_path):
@@ -643,15 +634,15 @@ def test_probes_hold_a_change_against_what_was():
     for i in range(3):
         some.append(comparison(f"What is {i}?", [f"It is {i}.", "No."]))
     for change in judge_bias.PROBES.values():
-        probes = change(some, tiny_tokenizer)
+        probes = change(some, TOKENIZER)
         for one, probe in zip(some, probes):
             changed, unchanged = probe.answers
             assert probe.prompt == one.prompt
             assert unchanged == one.answers[0]
-            text = tiny_tokenizer.decode(probe.examples[0].ids)
+            text = TOKENIZER.decode(probe.examples[0].ids)
             assert text.endswith(f"{changed}<|im_end|>")
-    swapped = judge_bias.swapped(some, tiny_tokenizer)[0]
-    padded = judge_bias.padded(some, tiny_tokenizer)[0]
+    swapped = judge_bias.swapped(some, TOKENIZER)[0]
+    padded = judge_bias.padded(some, TOKENIZER)[0]
     assert swapped.answers[0] == "It is 2."
     assert padded.answers[0].startswith("It is 0. I hope")
 
@@ -669,7 +660,7 @@ def test_rises_are_changed_minus_unchanged(monkeypatch):
         return torch.tensor(counts).float()                     # (N, 2)
 
     monkeypatch.setattr(judge_bias, "all_scores", letters)
-    effects = judge_bias.rises(None, some, tiny_tokenizer)
+    effects = judge_bias.rises(None, some, TOKENIZER)
     assert effects["padding"]["score"] == len(" I hope that this helps.")
     assert effects["flattery"]["score"] > 5
     assert effects["swap"] == {"score": 0, "gold": 0}
@@ -695,7 +686,7 @@ def test_tables_of_the_truth_itself():
 
 def test_judge_bias_runs(tmp_path, capsys):
     judge = M.ScalarModel(tiny_model_reward(), 3)
-    save(tmp_path / "judge", judge, tiny_tokenizer)
+    save(tmp_path / "judge", judge, TOKENIZER)
     data = write_lines(tmp_path / "pairs.jsonl", lines_of("preferences", 200))
     config = judge_bias.Config(init=f"{tmp_path}/judge", data=data, out=f"{tmp_path}/out",
                                quick=True)
@@ -711,7 +702,7 @@ def test_judge_bias_runs(tmp_path, capsys):
 def test_judge_bias_of_another_world(tmp_path):
     """No truth, but the score still tells."""
     judge = M.ScalarModel(tiny_model_reward())
-    save(tmp_path / "judge", judge, tiny_tokenizer)
+    save(tmp_path / "judge", judge, TOKENIZER)
     lines = []
     for i in range(24):
         lines.append({"prompt": f"Is {i} odd?", "chosen": "Yes.", "rejected": "No."})
@@ -850,7 +841,7 @@ def test_the_first_alarm():
 
 def tiny_model_grpo():
     torch.manual_seed(0)
-    config = M.ModelConfig(vocab_size=tiny_tokenizer.n_vocab, d_model=32, n_layers=1, n_heads=2,
+    config = M.ModelConfig(vocab_size=TOKENIZER.n_vocab, d_model=32, n_layers=1, n_heads=2,
                            n_kv_heads=1, d_ff=48)
     return M.Transformer(config)
 
@@ -949,8 +940,8 @@ def test_sums_are_the_exams_short_ones():
 
 
 def test_search_on_tiny_models(tmp_path):
-    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer)
-    save(tmp_path / "judge", M.ScalarModel(tiny_model_grpo()), tiny_tokenizer)
+    save(tmp_path / "model", tiny_model_grpo(), TOKENIZER)
+    save(tmp_path / "judge", M.ScalarModel(tiny_model_grpo()), TOKENIZER)
     judge = f"{tmp_path}/judge"         # of steps, too: or one is made first, from out/sft
     config = search.Config(models=f"{tmp_path}/model", judge=judge, process=judge, n=4,
                            max_new=8, quick=True, quiet=True)
@@ -974,7 +965,7 @@ DYNAMIC = dynamic.Config(batch=3, group=4, max_new=6, draws=3, quiet=True)
 
 @pytest.fixture
 def prompts():
-    return grpo.read_prompts(DYNAMIC, tiny_tokenizer, 256)[0][:12]
+    return grpo.read_prompts(DYNAMIC, TOKENIZER, 256)[0][:12]
 
 
 @pytest.fixture
@@ -990,7 +981,7 @@ def threes(prompts):
 def draw_threes(prompts, draws):
     generator = torch.Generator().manual_seed(0)
     stream = threes(prompts)
-    return dynamic.draw_groups(tiny_model_grpo(), tiny_tokenizer, stream, DYNAMIC, generator, draws)
+    return dynamic.draw_groups(tiny_model_grpo(), TOKENIZER, stream, DYNAMIC, generator, draws)
 
 
 def test_draws_end_without_contrast(prompts, no_fines, monkeypatch):
@@ -1048,7 +1039,7 @@ def test_long_answers_are_fined(prompts, monkeypatch):
     monkeypatch.setattr(grpo, "sample_groups", lambda *_: samples)
     monkeypatch.setattr(grpo, "strict", lambda *_: 1.0)
     config = replace(DYNAMIC, max_new=12)
-    drawn = dynamic.draw_groups(None, tiny_tokenizer, threes(prompts), config, None, 1)[0]
+    drawn = dynamic.draw_groups(None, TOKENIZER, threes(prompts), config, None, 1)[0]
     for group in drawn.rewards.tolist():
         assert group == pytest.approx([1, 2 / 3, 1 / 3, 0])
 
@@ -1091,7 +1082,7 @@ def test_goal_is_reached_over_three_steps():
 
 
 def test_dynamic_on_a_tiny_model(tmp_path):
-    save(tmp_path / "model", tiny_model_grpo(), tiny_tokenizer)
+    save(tmp_path / "model", tiny_model_grpo(), TOKENIZER)
     config = replace(DYNAMIC, init=f"{tmp_path}/model", quick=True)
     runs = dynamic.train(config)["runs"]
     steps = [len(rows) for rows in runs.values()]
@@ -1407,8 +1398,8 @@ def test_every_setting_of_kto_changes_something(lesson_files, changes):
     assert not same(weights(usual_model), weights(changed_model))
 
 
-def first_gradients(module, run, **changes):
-    """The gradients of the first step, before Adam hides a sum behind a mean."""
+def gradients_by_step(module, run, **changes):
+    """The gradients of each step, before Adam hides a sum behind a mean."""
     seen = []
     clip = house.clip_gradients
 
@@ -1425,8 +1416,8 @@ def test_a_kto_batch_in_parts_is_the_same_batch(lesson_files):
     def run(**changes):
         config = lesson_config(kto.Config, lesson_files, **changes)
         kto.train(config)
-    whole = first_gradients(kto, run, steps=1)[0]
-    in_parts = first_gradients(kto, run, steps=1, accumulate=3)[0]
+    whole = gradients_by_step(kto, run, steps=1)[0]
+    in_parts = gradients_by_step(kto, run, steps=1, accumulate=3)[0]
     largest = max(gradient.abs().max() for gradient in whole)
     assert largest > 1e-4
     assert close(whole, in_parts, 1e-6)
@@ -1438,7 +1429,7 @@ def test_kto_forgets_the_gradients_of_the_step_before(lesson_files):
 
     def run():
         kto.train(config)
-    first, second, third = first_gradients(kto, run)
+    first, second, third = gradients_by_step(kto, run)
     assert close(first, second, 1e-6)
     assert close(first, third, 1e-6)
 
@@ -1663,8 +1654,8 @@ def test_an_online_batch_in_parts_is_the_same_batch(lesson_files):
     def run(**changes):
         config = lesson_config(online.Config, lesson_files, steps=1, rounds=1, **changes)
         online.learn(config, likes_letters)
-    whole = first_gradients(online, run)[0]
-    in_parts = first_gradients(online, run, accumulate=3)[0]
+    whole = gradients_by_step(online, run)[0]
+    in_parts = gradients_by_step(online, run, accumulate=3)[0]
     largest = max(gradient.abs().max() for gradient in whole)
     assert largest > 1e-4
     assert close(whole, in_parts, 1e-5)
@@ -2313,7 +2304,7 @@ def test_the_machine_is_measured_in_the_precision_of_the_blocks(monkeypatch, dev
 def test_every_answer_goes_its_full_length(monkeypatch, tie):
     """Also by a model that always says <|im_end|>; and the first call of two does not count."""
     model = tiny_model(tie=tie)
-    end = M.special(tiny_tokenizer, M.END)
+    end = M.special(TOKENIZER, M.END)
     drawn = []
 
     def draw(probs, *args):
@@ -2387,7 +2378,7 @@ def speed_run(tmp_path, monkeypatch, init):
 
 
 def test_speed_of_a_model_of_your_own(tmp_path, monkeypatch, capsys):
-    save(tmp_path / "mine", tiny_model(), tiny_tokenizer)
+    save(tmp_path / "mine", tiny_model(), TOKENIZER)
     svg = speed_run(tmp_path, monkeypatch, "mine")
     assert "Sampling" in svg
     assert "256 at once" in svg
@@ -2407,7 +2398,7 @@ def test_a_gradients_share_is_that_of_the_tokens_it_learned_from(monkeypatch):
         sizes.append(size)
         return 1e9
     monkeypatch.setattr(speed, "begin", lambda config: None)
-    monkeypatch.setattr(speed, "load", lambda *args: (model, tiny_tokenizer))
+    monkeypatch.setattr(speed, "load", lambda *args: (model, TOKENIZER))
     monkeypatch.setattr(speed, "products_a_second", products_a_second)
     monkeypatch.setattr(speed, "sampling", lambda *args: 1.0)
     monkeypatch.setattr(speed, "forward_and_backward", lambda *args: (2.0, 100))
@@ -2422,7 +2413,7 @@ def test_a_gradients_share_is_that_of_the_tokens_it_learned_from(monkeypatch):
 
 def test_speed_of_the_scripts(tmp_path, monkeypatch, capsys):
     times = {"step": 0.25, "training": 10.0, "rest": 3.0}
-    monkeypatch.setattr(speed, "load", lambda *args: (tiny_model(), tiny_tokenizer))
+    monkeypatch.setattr(speed, "load", lambda *args: (tiny_model(), TOKENIZER))
     monkeypatch.setattr(speed, "need", lambda folder: None)
     monkeypatch.setattr(speed, "time_script", lambda script, config: times)
     svg = speed_run(tmp_path, monkeypatch, speed.Config.init)

@@ -31,8 +31,8 @@ from data import studybuddy as world
 from data.checkpoints import load, load_ranks, load_scalar, save
 from lessons import (best_of, distill, forgetting, judge_bias, kto, landscape, online,
                      process_reward, race, report, safe)
-from lessons.test_half_two import config_of, folders, tiny_model        # noqa: F401, a fixture
-from test_all import ends_soon, same, slow, weights
+from lessons.test_half_two import config_of, folders, note, tiny_model  # noqa: F401, a fixture
+from test_all import ends_soon, kl_of, same, slow, weights, write_lines
 
 TOKENIZER = load_ranks()
 
@@ -94,10 +94,6 @@ def exams(monkeypatch):
     return stand_in
 
 
-def write_rows(path, lines):
-    path.write_text(rows.json_lines(lines))
-
-
 @pytest.fixture(scope="module")
 def files(folders):
     """Beside the tiny models and prompts of test_half_two.py: a model of few words, and pairs."""
@@ -106,14 +102,14 @@ def files(folders):
     save(folders / "base", tiny_model(5), TOKENIZER)
     for name, count in {"preferences": 80, "steps": 40}.items():
         lines = world.read(name)
-        write_rows(folders / f"{name}.jsonl", lines[:count])
+        write_lines(folders / f"{name}.jsonl", lines[:count])
     talks = {}
     for row in world.read("sft"):
         talks.setdefault(row["kind"], []).append(row)
     lines = []
     for some in talks.values():
         lines += some[:5]                                       # of each kind
-    write_rows(folders / "talks.jsonl", lines)
+    write_lines(folders / "talks.jsonl", lines)
     return folders
 
 
@@ -318,7 +314,7 @@ def harms_some(prompts, texts):
 def test_every_setting_of_safe_changes_what_is_learned(files, plain_climb, changes):
     if changes.get("data") == "sft":
         prompts = world.read("prompts")[40:60]
-        write_rows(files / "math.jsonl", prompts)
+        write_lines(files / "math.jsonl", prompts)
         changes = {"data": "math"}
     learned = safe_climb(files, harms_some, **changes)
     assert not same(learned, plain_climb)
@@ -373,7 +369,7 @@ def plain_race(files):
                                      dict(seed=1), dict(tokens=1500), dict(data="math_only")])
 def test_every_setting_of_the_race_changes_what_is_learned(files, verified, plain_race, changes):
     sums = [row for row in world.read("prompts") if row["kind"] == "math"]
-    write_rows(files / "math_only.jsonl", sums[12:24])
+    write_lines(files / "math_only.jsonl", sums[12:24])
     torch.manual_seed(0)
     policy, _, _ = race_climb("ppo", files, **changes)
     assert not same(weights(policy), plain_race)
@@ -559,7 +555,7 @@ def test_only_the_robust_loss_is_told_of_the_noise(files, learned, tmp_path):
 
 def test_few_are_two_hundred_pairs_for_all(files, learned, tmp_path):
     lines = world.read("preferences")[:230]
-    write_rows(files / "many.jsonl", lines)
+    write_lines(files / "many.jsonl", lines)
     landscaped(files, tmp_path, data="many", scenario="few")
     [data] = {changes["data"] for changes in learned.values()}
     pairs = rows.read_pairs(data)
@@ -582,8 +578,7 @@ def test_small_tries_losses_without_a_second_model(files, learned, tmp_path):
 @slow
 def test_the_card_of_a_loss_is_its_own(files, learned, tmp_path):
     cards = landscaped(files, tmp_path, runs="ipo dpo kto")["cards"]
-    assert {name: card["gold"] for name, card in cards.items()} == {"ipo": 0.1, "dpo": 0.2,
-                                                                    "kto": 0.3}
+    assert golds_of(cards) == {"ipo": 0.1, "dpo": 0.2, "kto": 0.3}
 
 
 @slow
@@ -597,13 +592,8 @@ def test_the_curve_of_the_landscape_is_dpos(files, learned, tmp_path):
 def settings_of(files, monkeypatch):
     """What dpo.py, kto.py and ppo.py are told by a run."""
     seen = {}
-
-    def watch(name):
-        def train(config):
-            seen[name] = config
-        return train
     for name, module in {"dpo": dpo, "kto": kto, "ppo": ppo}.items():
-        monkeypatch.setattr(module, "train", watch(name))
+        monkeypatch.setattr(module, "train", note(seen, name))
     config = told(landscape.Config, files, data="preferences", steps=20, seed=5, beta=0.7)
     for name in "ipo", "kto", "ppo":
         landscape.learn(name, config)
@@ -1102,12 +1092,6 @@ def sure_model(seed):
     return network
 
 
-def kl(log_p, log_q):
-    """KL(p || q) of what comes next, by a plain sum."""
-    terms = log_p.exp() * (log_p - log_q)                       # (V,)
-    return terms.sum().item()
-
-
 def test_the_student_is_held_against_what_the_teacher_expects(files):
     """KL(teacher || student) at each token of the answers, by plain sums; the other KL is another
     number. Of no held-out conversation."""
@@ -1128,8 +1112,8 @@ def test_the_student_is_held_against_what_the_teacher_expects(files):
             log_q = student(batch)[0].log_softmax(-1)
             for t in range(1, len(ids)):
                 if answer[t]:                                   # position t - 1 expects it
-                    there += kl(log_p[t - 1], log_q[t - 1])
-                    back += kl(log_q[t - 1], log_p[t - 1])
+                    there += kl_of(log_p[t - 1], log_q[t - 1]).item()
+                    back += kl_of(log_q[t - 1], log_p[t - 1]).item()
                     count += 1
     config = distill.Config(steps=1, batch=1000, lr=0.0, quiet=True)
     log = distill.learn_distribution(student, teacher, path, TOKENIZER, config)
@@ -1497,7 +1481,7 @@ def test_a_judge_of_solutions_learns_the_labels_of_its_places(files, monkeypatch
         prompt = f"What is {i} + 2?"
         steps = [f"First {i} + 1.", f"It is {i}."]
         lines.append({"prompt": prompt, "steps": steps, "labels": [1, 0]})
-    write_rows(files / "two_steps.jsonl", lines)
+    write_lines(files / "two_steps.jsonl", lines)
     taught = wrapped(monkeypatch, process_reward, "outcome_loss")
     config = told(process_reward.Config, files, data="two_steps", steps=1)
     process_reward.train_judge(config, judge)
