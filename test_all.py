@@ -343,7 +343,7 @@ def attention_by_hand(config, w, name, x):
 
 def logits_by_hand(model, row):
     """The same network, written a second time."""
-    w = model.state_dict()
+    w = dict(model.named_parameters())
     ids = torch.tensor(row)
     x = w["embed.weight"][ids]                                  # (T, C)
     for layer in range(model.config.n_layers):
@@ -362,11 +362,19 @@ def logits_by_hand(model, row):
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_network_equals_a_second_implementation(tie):
+    """Its logits, and the gradient of each weight: none is cut off from what comes behind it."""
     model = tiny_model(tie=tie)
+    parameters = list(model.parameters())
     row = rows_of(11)[0]
     got = model(torch.tensor([row]))[0]                         # (T, V)
     want = logits_by_hand(model, row)
     near(got, want, 1e-4)
+    weight = torch.randn(got.shape)
+    ours = torch.autograd.grad((got * weight).sum(), parameters)
+    theirs = torch.autograd.grad((want * weight).sum(), parameters)
+    for our, their in zip(ours, theirs):
+        largest = their.abs().max()
+        near(our / largest, their / largest, 1e-4)
 
 
 def test_rows_are_padded_behind_unless_they_are_prompts():
@@ -529,6 +537,40 @@ def test_one_place_of_each_row_is_the_same_without_the_others(shape):
         theirs = torch.autograd.grad((want * weight).sum(), parameters)
         ours = torch.autograd.grad((got * weight).sum(), parameters)
         assert close(ours, theirs, 1e-4)
+
+
+def test_as_many_places_as_rows_but_not_one_of_each():
+    model = tiny_model()
+    ids, mask = masked(rows_of(4, 7, 5), left=False)
+    at = torch.zeros_like(mask)
+    at[0, 3] = True
+    at[1, 2] = True
+    at[1, 6] = True                                             # and none in the third
+    want = model.hidden(ids, mask)[at]
+    got = model.hidden(ids, mask, at=at)
+    near(got, want)
+
+
+def test_one_place_of_each_of_more_rows_than_there_are_tokens():
+    """Six rows of three different tokens."""
+    model = tiny_model()
+    ids = torch.tensor(5 * [[3, 4]] + [[3, 5]])
+    mask = torch.ones_like(ids).bool()
+    at = torch.zeros_like(mask)
+    at[:, 1] = True
+    want = model.hidden(ids, mask)[at]
+    got = model.hidden(ids, mask, at=at)
+    near(got, want)
+
+
+def test_where_one_place_of_each_row_is_wanted_one_query_is_computed(monkeypatch):
+    """In the last of two layers."""
+    judge = tiny_judge()
+    ids, mask = masked(rows_of(4, 7, 5), left=False)
+    attention = Watch(monkeypatch, M, "attend")
+    M.end_scores(judge, ids, mask)
+    queries = [call[0].shape[2] for call in attention.calls]
+    assert queries == [7, 1]
 
 
 def test_one_place_of_each_row_behind_a_cache_and_what_it_leaves_there():
@@ -1435,6 +1477,20 @@ def test_heads_are_reported_on_their_own_axes(monkeypatch):
     assert accuracies == [1, 1, 0]
 
 
+def test_flattery_is_how_much_a_compliment_adds(monkeypatch):
+    def scores_of(judge, comparisons, tokenizer):
+        if comparisons == "flattered":
+            return torch.tensor([[3.0, 1.0], [2.0, 1.5]])       # with one, and without
+        return torch.zeros(1, 2)
+    held = [R.Comparison(user("Hi"), ["It is 4.", "No."], None, {"kind": "x"}, "f:1")]
+    monkeypatch.setattr(R.exam, "knows", lambda rows: True)
+    monkeypatch.setattr(R, "report", lambda r, held: {})
+    monkeypatch.setattr(R, "flattered", lambda held, tokenizer: "flattered")
+    monkeypatch.setattr(R, "all_scores", scores_of)
+    card = R.evaluate(None, held, None, R.Config())
+    near(card["flattery"], (2.0 + 0.5) / 2)
+
+
 # the loop
 
 @pytest.mark.parametrize("center, accumulate", [(0.0, 1), (2.0, 3)])
@@ -1473,6 +1529,26 @@ def test_every_row_has_its_turn_and_no_held_one(home, monkeypatch):
         seen |= {one.where for one in batch}
     assert seen == {one.where for one in some}
     assert len(some) > len(held) > 0
+
+
+def test_the_log_of_the_reward_model_tells_of_its_batch(home, monkeypatch):
+    pairs = R.KINDS["pairs"]
+    seen = []
+
+    def loss(r, batch, center):
+        seen.append(r.detach())
+        return pairs.loss(r, batch, center)
+    monkeypatch.setitem(R.KINDS, "pairs", pairs._replace(loss=loss))
+    run = train("reward_model", home, steps=2)
+    row = run["log"][1]
+    batches = [r for r in seen if len(r) == 6]                  # the others are held out
+    chosen, rejected = batches[1].unbind(1)                     # (6,)
+    lead = chosen - rejected
+    assert lead.mean().abs() > 1e-3
+    near(row["chosen"], chosen.mean(), 1e-4)
+    near(row["rejected"], rejected.mean(), 1e-4)
+    near(row["lead"], lead.mean(), 1e-4)
+    near(row["accuracy"], (lead > 0).float().mean())
 
 
 def test_the_reward_model_shows_one_comparison_before_and_after(home, monkeypatch):
@@ -1998,6 +2074,15 @@ def test_two_steps_of_ppo_by_hand(name, home, monkeypatch):
     if name == "ppo":
         learned = critics.calls[0][0]
         assert alike(learned, critic, 1e-5)
+
+
+def test_entropy_is_that_of_drawn_tokens(home, monkeypatch):
+    draws = Watch(monkeypatch, ppo, "draw_answers")
+    run = train("ppo", home)
+    row = run["log"][0]
+    samples = draws.results[1]                                  # those before: of evaluate()
+    logps = samples.logps[samples.answer]
+    near(row["entropy"], -logps.mean(), 1e-4)
 
 
 def test_the_log_of_ppo_tells_of_its_samples_and_of_all_updates(home, monkeypatch):
@@ -2740,6 +2825,19 @@ def test_every_loss_learns_which_answer_wins(name, home):
     assert run["after"]["accuracy"] >= 0.9
 
 
+def test_the_log_of_dpo_tells_of_its_batch(home, monkeypatch):
+    losses = Watch(monkeypatch, dpo, "loss_of")
+    run = train("dpo", home, steps=4, lr=3e-2)
+    row = run["log"][3]
+    chosen, rejected, _ = losses.calls[4]                       # the first is that of show_loss()
+    lead = chosen - rejected
+    assert lead.mean() != 0
+    near(row["chosen"], chosen.mean(), 1e-4)
+    near(row["rejected"], rejected.mean(), 1e-4)
+    near(row["lead"], lead.mean(), 1e-4)
+    near(row["accuracy"], (lead > 0).float().mean())
+
+
 @pytest.mark.parametrize("batch, accumulate", [(32, 1), (4, 2), (1, 4)])
 def test_accuracy_is_of_all_held_out_pairs_and_a_tie_is_half(batch, accumulate, monkeypatch):
     """Nine of them: ahead 6 times, the last one, too, even twice, behind once. No more go through
@@ -3051,7 +3149,36 @@ def test_on_own_data_the_card_is_how_often_new_answers_win(monkeypatch):
     near(share, 0.7)
 
 
+def test_cai_says_how_much_its_judge_likes_a_at_both_places(monkeypatch, capsys):
+    answers = iter([torch.tensor([0.9]), torch.tensor([0.6])])
+    monkeypatch.setattr(cai, "judge", lambda *args: next(answers))
+    p = cai.both_orders(None, None, [0], ["x"], ["y"], ["Be."], cai.Config())
+    near(p, [0.65])
+    assert "0.90 with a at A, 0.40 with a at B" in capsys.readouterr().out
+
+
+def test_cai_shows_a_verdicts_h_and_its_loss(monkeypatch, capsys):
+    ratios = torch.tensor([-1.0]), torch.tensor([-3.0])
+    monkeypatch.setattr(cai, "log_ratios", lambda *args: ratios)
+    verdict = cai.Verdict(None, None, 0.7, {})
+    cai.show_loss(None, None, verdict, None, cai.Config(beta=0.5))
+    loss = -0.7 * math.log(sigmoid(1.0)) - 0.3 * math.log(sigmoid(-1.0))
+    assert f"h = 0.5 x (-1.00 - -3.00) = 1.000, loss {loss:.3f}" in capsys.readouterr().out
+
+
 # the loop
+
+def test_the_log_of_cai_tells_of_its_verdicts(home, monkeypatch):
+    losses = Watch(monkeypatch, cai, "soft_label_loss")
+    run = train("cai", home, steps=3, lr=3e-2)
+    steps = losses.calls[1:4]                                   # the first is that of show_loss()
+    told = run["log"][-3:]
+    for row, (h, p) in zip(told, steps):
+        agree = (h > 0) == (p > 0.5)
+        near(row["agree"], agree.float().mean())
+        near(row["size_of_h"], h.abs().mean())
+    assert told[2]["size_of_h"] > 0
+
 
 def test_two_steps_of_cai_on_revisions_and_two_on_verdicts_by_hand(home, monkeypatch):
     monkeypatch.setattr(cai, "batches", first_rows)

@@ -20,7 +20,7 @@ scores are equal. By hand: a rise of 1 costs - (ln 0.731 + ln 0.269) / 2 = 0.813
 
 It learns from four compliments and is probed with three others, so words alone do not help it.
 
-    python -m lessons.judge_bias           out/reward_model -> out/judge_bias, 90 seconds
+    python -m lessons.judge_bias           out/reward_model -> out/judge_bias, 30 seconds
     python ppo.py --reward out/judge_bias --out out/mine     climb the mended score
 
 Simplified: gradient x input is the cheapest of its kind; integrated gradients add up to the score.
